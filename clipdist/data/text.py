@@ -1,0 +1,80 @@
+"""Captions -> token ids: the text tower's own tokenizer, or a WordPiece trained on the set's captions."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer with a fixed longest length. Ids are int64; padding happens per batch, not here."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        if tokenizer.pad_token_id is None:
+            # Decoder-style tokenizers have none; the attention mask hides whichever id stands there.
+            tokenizer.pad_token = tokenizer.eos_token
+        self.pad_id = int(tokenizer.pad_token_id)
+
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, special tokens included, cut to `max_tokens`."""
+        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens, return_attention_mask=False)
+        return encoded["input_ids"]
+
+    def pad(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(token_ids_bT, attention_mask_bT), both int64 [b, T], T being the longest of these."""
+        longest = max(map(len, ids))
+        tokens = np.full((len(ids), longest), self.pad_id, np.int64)
+        mask = np.zeros((len(ids), longest), np.int64)
+        for row, sequence in enumerate(ids):
+            tokens[row, : len(sequence)] = sequence
+            mask[row, : len(sequence)] = 1
+        return torch.from_numpy(tokens), torch.from_numpy(mask)
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+    @staticmethod
+    def load(name_or_folder: str | Path, max_tokens: int) -> "Tokenizer":
+        return Tokenizer(AutoTokenizer.from_pretrained(str(name_or_folder)), max_tokens)
+
+
+def train_wordpiece(captions: Iterable[str], vocabulary: int, max_tokens: int) -> Tokenizer:
+    """A lower-casing BERT-style WordPiece with at most `vocabulary` entries, learned from `captions`.
+
+    A field's own words ("carcinoma", "telangiectasia") become whole tokens, where a general vocabulary
+    breaks them into pieces. Equal captions in equal order give an equal vocabulary.
+    """
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    fast = FastTokenizer(models.WordPiece(unk_token="[UNK]"))
+    fast.normalizer = normalizers.BertNormalizer(lowercase=True)
+    fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    fast.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary, min_frequency=2, special_tokens=special, show_progress=False
+    )
+    fast.train_from_iterator(captions, trainer)
+    fast.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[(token, fast.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=max_tokens,
+    )
+    return Tokenizer(wrapped, max_tokens)

@@ -1,0 +1,15 @@
+"""The decorator that makes a class a typed, strict, immutable piece of a run's configuration."""
+
+from dataclasses import field
+from typing import TypeVar, dataclass_transform
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
+def settings(cls: type[T]) -> type[T]:
+    """A keyword-only frozen dataclass that refuses unknown keys and wrong types."""
+    return dataclass(config=ConfigDict(extra="forbid"), kw_only=True, frozen=True)(cls)  # type: ignore[return-value]

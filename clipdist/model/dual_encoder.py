@@ -1,0 +1,140 @@
+"""Two towers, two projections and a temperature: images and captions -> unit vectors in one space.
+
+b = rows, T = tokens, C = width of a tower, D = width of the joint embedding.
+"""
+
+import logging
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipdist.errors import UserError
+from clipdist.model.towers import ImageTower, ImageTowerConfig, TextTower, TextTowerConfig
+from clipdist.settings import field, settings
+
+logger = logging.getLogger(__name__)
+
+
+@settings
+class ProjectionConfig:
+    kind: Literal["linear", "mlp"] = "linear"
+    """mlp: two layers with a GELU between, as ConVIRT has."""
+    hidden: int = 0
+    """Width between the two layers; 0: the joint width."""
+    layer_norm: bool = False
+    """Normalises the tower's features first."""
+    dropout: float = 0.0
+
+
+@settings
+class TemperatureConfig:
+    initial: float = 0.07
+    learned: bool = True
+    minimum: float = 0.01
+    """Bounds of a learned temperature; CLIP's scale of at most 100 is 0.01."""
+    maximum: float = 1.0
+    bias: float | None = None
+    """Initial logit bias, for the sigmoid loss; SigLIP starts at −10."""
+
+
+@settings
+class ModelConfig:
+    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    width: int = 512
+    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
+
+
+class Encoded(NamedTuple):
+    """What one forward pass gives; features are float32 unit vectors, the scale is 1/temperature."""
+
+    image_features_bD: Tensor
+    text_features_bD: Tensor
+    logit_scale: Tensor
+    logit_bias: Tensor | None
+
+
+class Temperature(nn.Module):
+    """Holds log(1/temperature) and the bias, as shape-[1] parameters of a submodule: sharding engines refuse scalars
+    and parameters of the root."""
+
+    def __init__(self, config: TemperatureConfig) -> None:
+        super().__init__()
+        if not 0 < config.minimum <= config.initial <= config.maximum:
+            raise UserError(
+                f"model.temperature: initial={config.initial} must lie between minimum={config.minimum} "
+                f"and maximum={config.maximum}, all above 0"
+            )
+        self.config = config
+        self.log_scale = nn.Parameter(torch.tensor([-math.log(config.initial)]), requires_grad=config.learned)
+        self.bias = None if config.bias is None else nn.Parameter(torch.tensor([float(config.bias)]))
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        return self.log_scale.exp(), self.bias
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Puts a learned temperature back between its bounds; called after each optimiser step."""
+        self.log_scale.clamp_(-math.log(self.config.maximum), -math.log(self.config.minimum))
+
+
+def projection(config: ProjectionConfig, width_in: int, width_out: int) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.LayerNorm(width_in)] if config.layer_norm else []
+    layers.append(nn.Dropout(config.dropout))
+    if config.kind == "mlp":
+        hidden = config.hidden or width_out
+        layers += [nn.Linear(width_in, hidden), nn.GELU(), nn.Dropout(config.dropout)]
+        width_in = hidden
+    layers.append(nn.Linear(width_in, width_out, bias=config.kind == "mlp"))
+    return nn.Sequential(*layers)
+
+
+class DualEncoder(nn.Module):
+    """uint8 images [b, 3, H, W] and tokens [b, T] -> `Encoded`.
+
+    A tower that trains nowhere runs in evaluation mode and without a graph, so that neither its dropout nor its batch
+    statistics move, and it costs one forward pass alone.
+    """
+
+    def __init__(self, config: ModelConfig, image: ImageTower, text: TextTower) -> None:
+        super().__init__()
+        self.config, self.image, self.text = config, image, text
+        self.image_projection = projection(config.projection, image.width, config.width)
+        self.text_projection = projection(config.projection, text.width, config.width)
+        self.temperature = Temperature(config.temperature)
+
+    def encode_image(self, images_b3HW: Tensor) -> Tensor:
+        """[b, D] float32 unit vectors."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains(self.image)):
+            features_bC = self.image(images_b3HW)
+        return F.normalize(self.image_projection(features_bC).float(), dim=1)
+
+    def encode_text(self, token_ids_bT: Tensor, attention_mask_bT: Tensor) -> Tensor:
+        """[b, D] float32 unit vectors."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains(self.text)):
+            features_bC = self.text(token_ids_bT, attention_mask_bT)
+        return F.normalize(self.text_projection(features_bC).float(), dim=1)
+
+    def forward(self, images_b3HW: Tensor, token_ids_bT: Tensor, attention_mask_bT: Tensor) -> Encoded:
+        scale, bias = self.temperature()
+        return Encoded(self.encode_image(images_b3HW), self.encode_text(token_ids_bT, attention_mask_bT), scale, bias)
+
+    def train(self, mode: bool = True) -> "DualEncoder":
+        super().train(mode)
+        if mode:
+            for tower in (self.image, self.text):
+                if not trains(tower):
+                    tower.eval()
+            if self.image.batch_norm == "frozen":
+                for module in self.image.modules():
+                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                        module.eval()
+        return self
+
+
+def trains(tower: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in tower.parameters())

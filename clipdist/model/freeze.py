@@ -1,0 +1,91 @@
+"""Which parameters train in which epochs."""
+
+import logging
+from typing import Literal
+
+import torch
+from torch import nn
+
+from clipdist.errors import UserError
+from clipdist.model.dual_encoder import DualEncoder
+from clipdist.model.towers import ImageTower, TextTower
+from clipdist.settings import settings
+
+logger = logging.getLogger(__name__)
+
+Part = int | Literal["all", "none"]
+
+
+@settings
+class StageConfig:
+    """From an epoch on, what of each tower trains. Projections and temperature always do."""
+
+    from_epoch: int = 0
+    image: Part = "all"
+    """all, none, or a number: the last so many blocks."""
+    text: Part = "all"
+
+
+def stage_of(stages: tuple[StageConfig, ...], epoch: int) -> StageConfig:
+    """The stage in force in an epoch; everything trains when the recipe names no stages.
+
+    Raises `UserError` unless stages begin at epoch 0 and follow in order.
+    """
+    starts = [stage.from_epoch for stage in stages]
+    if stages and (starts[0] != 0 or sorted(set(starts)) != starts):
+        raise UserError(f"train.stages: from_epoch is {starts}, expected to begin with 0 and to rise")
+    in_force = StageConfig()
+    for stage in stages:
+        if stage.from_epoch <= epoch:
+            in_force = stage
+    return in_force
+
+
+def apply_stage(model: DualEncoder, stage: StageConfig, unused: frozenset[str]) -> None:
+    """Sets `requires_grad` of every parameter; `unused` names those that never reach the output and stay frozen."""
+    for prefix, tower, part in (("image", model.image, stage.image), ("text", model.text, stage.text)):
+        chosen = _chosen(tower, part)
+        for name, parameter in tower.named_parameters():
+            parameter.requires_grad_(name in chosen and f"{prefix}.{name}" not in unused)
+    model.train(model.training)
+
+
+def _chosen(tower: ImageTower | TextTower, part: Part) -> set[str]:
+    if part == "none" or part == 0:
+        return set()
+    if part == "all":
+        return {name for name, _ in tower.named_parameters()}
+    blocks = tower.blocks()
+    if part < 0 or part > len(blocks):
+        raise UserError(f"train.stages: {part} blocks asked for, the {type(tower).__name__} has {len(blocks)}")
+    return {name for block in blocks[-part:] for name in block}
+
+
+def unused_parameters(model: DualEncoder) -> frozenset[str]:
+    """Names of parameters that no gradient reaches, such as the pooler of a BERT whose tokens are averaged.
+
+    Found by one small step, because a list of architectures would never be complete. Left trainable, they would make
+    distributed data parallelism wait for gradients that never come.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    needed = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(True)
+    model.eval()
+    side = model.image.side
+    images = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
+    tokens = torch.ones(1, 4, dtype=torch.int64, device=device)
+    encoded = model(images, tokens, tokens)
+    (encoded.image_features_bD.sum() + encoded.text_features_bD.sum() + encoded.logit_scale.sum()).backward()
+    unused = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    unused -= {"temperature.bias"}  # the loss uses it, the towers do not
+    model.zero_grad(set_to_none=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(needed[name])
+    model.train(was_training)
+    if unused:
+        logger.info("%d parameters never reach the output and stay frozen: %s", len(unused), ", ".join(sorted(unused)))
+    return frozenset(unused)
+
+
+def trainable_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

@@ -1,0 +1,168 @@
+"""A finished model as a folder: weights, configuration, tokenizer, preprocessing and scores, so that nobody who uses it
+can prepare images or captions differently from training.
+
+    model.json            configuration of the model, preprocessing, data set, labels
+    model.safetensors     weights
+    text_config/          the text tower's Hugging Face configuration
+    tokenizer/
+    scores.json           what it reached, on which data, in which gallery
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load_file, save_file
+
+from clipdist.data.images import fit, load_for_evaluation, to_rgb
+from clipdist.data.shards import BadSample, fsync_folder
+from clipdist.data.text import Tokenizer
+from clipdist.errors import UserError
+from clipdist.model.build import rebuild_model
+from clipdist.model.dual_encoder import DualEncoder, ModelConfig
+
+FORMAT = "clipdist-model"
+FORMAT_VERSION = 1
+MAX_IMAGE_PIXELS = 50_000_000
+
+ImageLike = Image.Image | str | Path | bytes
+
+
+def save_model(
+    folder: Path, model: DualEncoder, tokenizer: Tokenizer, *, scores: dict[str, Any], about: dict[str, Any]
+) -> None:
+    """Writes the folder whole or not at all, replacing what was there. `about` says what it was trained on."""
+    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    body = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "model": asdict(model.config),
+        "preprocessing": {
+            "side": model.image.side,
+            "resize": model.image.resize,
+            "interpolation": "bicubic, antialiased",
+            "mean": model.image.mean,
+            "std": model.image.std,
+        },
+        "about": about,
+    }
+    (partial / "model.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    (partial / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # Tied weights would be refused by safetensors; a copy of each is what a loader expects.
+    save_file({name: tensor.clone() for name, tensor in state.items()}, partial / "model.safetensors")
+    model.text.hf_config.save_pretrained(partial / "text_config")
+    tokenizer.save(partial / "tokenizer")
+    for path in partial.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    fsync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load(folder: str | Path, device: str | torch.device | None = None) -> "SavedModel":
+    """The model in `folder`, ready to encode; on the GPU when there is one, unless `device` says otherwise.
+
+    Raises `UserError` when the folder is missing, half-written or of another format version.
+    """
+    folder = Path(folder)
+    path = folder / "model.json"
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        if body.get("format") != FORMAT or body.get("version") != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: found {body.get('format')!r} version {body.get('version')!r}, "
+                f"expected {FORMAT!r} version {FORMAT_VERSION}"
+            )
+        config = TypeAdapter(ModelConfig).validate_python(body["model"])
+        tokenizer = Tokenizer.load(folder / "tokenizer", config.text.max_tokens)
+        model = rebuild_model(config, tokenizer, folder / "text_config")
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: not a finished model: {Path(error.filename or 'a file').name} is missing") from None
+    except (json.JSONDecodeError, KeyError, ValidationError, RuntimeError, OSError) as error:
+        raise UserError(f"{folder}: damaged model ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return SavedModel(model.to(device).eval(), tokenizer, body["about"], scores, device)
+
+
+class SavedModel:
+    """A trained dual encoder with its own preprocessing. `scores` and `about` are what training wrote down."""
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        tokenizer: Tokenizer,
+        about: dict[str, Any],
+        scores: dict[str, Any],
+        device: torch.device,
+    ) -> None:
+        self.model, self.tokenizer, self.about, self.scores, self.device = model, tokenizer, about, scores, device
+
+    @property
+    def width(self) -> int:
+        """Width of the joint embedding."""
+        return self.model.config.width
+
+    @property
+    def temperature(self) -> float:
+        return float(1 / self.model.temperature()[0])
+
+    def preprocess(self, image: ImageLike) -> torch.Tensor:
+        """One image -> uint8 [3, side, side], exactly as in evaluation during training.
+
+        Takes a PIL image, encoded bytes, or a path. Raises `UserError` for what cannot be read.
+        """
+        tower = self.model.image
+        try:
+            if isinstance(image, Image.Image):
+                pixels = np.asarray(fit(to_rgb(image), tower.side, tower.resize))
+                return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+            data = image if isinstance(image, bytes) else Path(image).read_bytes()
+            return load_for_evaluation(data, tower.side, tower.resize, MAX_IMAGE_PIXELS)
+        except (BadSample, OSError) as error:
+            name = "image" if isinstance(image, bytes | Image.Image) else image
+            raise UserError(f"{name}: {error}") from None
+
+    @torch.inference_mode()
+    def encode_image(self, images: Iterable[ImageLike], micro_batch: int = 64) -> np.ndarray:
+        """float32 [N, D] unit vectors, one row per image."""
+        parts = [
+            self.model.encode_image(torch.stack([self.preprocess(image) for image in some]).to(self.device))
+            for some in _in_batches(images, micro_batch)
+        ]
+        return torch.cat(parts).cpu().numpy() if parts else np.zeros((0, self.width), np.float32)
+
+    @torch.inference_mode()
+    def encode_text(self, texts: Sequence[str], micro_batch: int = 256) -> np.ndarray:
+        """float32 [N, D] unit vectors, one row per caption."""
+        if isinstance(texts, str):
+            raise UserError("encode_text takes a list of captions; found a single string")
+        parts = []
+        for some in _in_batches(texts, micro_batch):
+            tokens, mask = self.tokenizer.pad(self.tokenizer.encode(some))
+            parts.append(self.model.encode_text(tokens.to(self.device), mask.to(self.device)))
+        return torch.cat(parts).cpu().numpy() if parts else np.zeros((0, self.width), np.float32)
+
+
+def _in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    source = iter(items)
+    while some := list(islice(source, size)):
+        yield some

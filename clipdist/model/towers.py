@@ -1,0 +1,267 @@
+"""The two towers: any timm image model and any Hugging Face text encoder, each giving one vector per input.
+
+b = rows, T = tokens, C = width of a tower's output.
+"""
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+import transformers
+from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
+from timm.models._manipulate import group_with_matcher
+from torch import Tensor, nn
+
+from clipdist.data.images import ResizeMode
+from clipdist.errors import UserError
+from clipdist.model.rename import rename_lite0_keys
+from clipdist.settings import field, settings
+
+logger = logging.getLogger(__name__)
+
+Pooling = Literal["mean", "cls", "last", "max"]
+
+
+@settings
+class ImageTowerConfig:
+    name: str = "timm:vit_base_patch16_224"
+    """`timm:<model>`: any image model of timm."""
+    pretrained: bool | str = False
+    """true: the weights that timm names, from the hub; a file; or `package://<python package>/<path>`."""
+    side: int = 224
+    """Pixels along each side of the input."""
+    resize: ResizeMode = "crop"
+    mean: tuple[float, float, float] | None = None
+    """Per channel, pixels scaled to 0..1; by default what the model was made for."""
+    std: tuple[float, float, float] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    """Passed to `timm.create_model`, such as drop_path_rate."""
+    batch_norm: Literal["global", "frozen"] = "global"
+    """global: statistics of the global batch; frozen: the stored ones, usual when fine-tuning on small batches."""
+
+
+@settings
+class TextTowerConfig:
+    name: str = "hf:bert-base-uncased"
+    """`hf:<name or folder>`, `package://<python package>/<folder>`; not pretrained, also a bare type: `hf:bert`."""
+    pretrained: bool = True
+    max_tokens: int = 77
+    """Captions are cut here. Batches are padded to their longest caption, not to this."""
+    pooling: Pooling = "mean"
+    tokenizer: str = "model"
+    """`model`: the text tower's own; `captions`: a WordPiece trained on the training split; or a name or folder."""
+    vocabulary: int = 8192
+    """Largest vocabulary of a tokenizer trained on captions."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Fields of the Hugging Face configuration, such as hidden_size or a dropout rate."""
+
+
+def resolve(path: str) -> Path:
+    """`package://<python package>/<path>` -> the installed file or folder; any other path as it is."""
+    if not path.startswith("package://"):
+        return Path(path)
+    package, _, inside = path.removeprefix("package://").partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{path}: the Python package {package!r} is not installed")
+    found = Path(next(iter(spec.submodule_search_locations))) / inside
+    if not found.exists():
+        raise UserError(f"{path}: the package {package!r} has no {inside}")
+    return found
+
+
+class ImageTower(nn.Module):
+    """A timm model without its classifier: uint8 images [b, 3, H, W] -> features [b, C].
+
+    Normalisation happens here, on the device, so that whoever feeds pixels cannot normalise differently.
+    """
+
+    def __init__(self, config: ImageTowerConfig, *, load_pretrained: bool = True) -> None:
+        super().__init__()
+        kind, _, name = config.name.partition(":")
+        if kind != "timm":
+            raise UserError(f"model.image.name={config.name!r}: expected timm:<model>")
+        from_hub = config.pretrained is True and load_pretrained
+        self.model = _create_timm(name, config, from_hub)
+        if isinstance(config.pretrained, str) and load_pretrained:
+            _load_weights(self.model, resolve(config.pretrained))
+        natural = resolve_model_data_config(self.model)
+        self.side, self.resize, self.batch_norm = config.side, config.resize, config.batch_norm
+        self.mean: tuple[float, ...] = tuple(config.mean or natural["mean"])
+        self.std: tuple[float, ...] = tuple(config.std or natural["std"])
+        for key, values in (("_mean", self.mean), ("_std", self.std)):
+            self.register_buffer(key, torch.tensor(values).view(1, 3, 1, 1) * 255, persistent=False)
+        self.width = self._measure_width(name)
+
+    @torch.no_grad()
+    def _measure_width(self, name: str) -> int:
+        # timm's attributes for it differ between families; a picture tells the truth.
+        self.model.eval()
+        shape = self(torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8)).shape
+        self.model.train()
+        if len(shape) != 2:
+            raise UserError(
+                f"timm:{name} gives features of shape {tuple(shape)}, expected [b, C]; choose another tower"
+            )
+        return int(shape[1])
+
+    def normalise(self, images_b3HW: Tensor) -> Tensor:
+        assert isinstance(self._mean, Tensor)
+        assert isinstance(self._std, Tensor)
+        return (images_b3HW.to(self._mean.dtype) - self._mean) / self._std
+
+    def forward(self, images_b3HW: Tensor) -> Tensor:
+        features: Tensor = self.model(self.normalise(images_b3HW))
+        return features
+
+    def blocks(self) -> list[list[str]]:
+        """Names of parameters, block by block from the input to the output, as timm groups them."""
+        model: Any = self.model
+        grouped = group_with_matcher(model.named_parameters(), model.group_matcher(), reverse=False)
+        return [[f"model.{name}" for name in names] for _, names in sorted(grouped.items())]
+
+
+def _create_timm(name: str, config: ImageTowerConfig, pretrained: bool) -> nn.Module:
+    if name not in timm.list_models() and name not in timm.list_pretrained():
+        near = timm.list_models(f"*{name.split('_')[0]}*")[:8]
+        raise UserError(f"model.image.name: timm has no model {name!r}; near: {', '.join(near) or 'none'}")
+    options = {**config.options, "pretrained": pretrained, "num_classes": 0}
+    try:
+        # Transformers need the side when they are built, convolutional towers refuse to hear of it.
+        return timm.create_model(name, img_size=config.side, **options)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise UserError(f"model.image.options: {error}") from None
+    try:
+        return timm.create_model(name, **options)
+    except TypeError as error:
+        raise UserError(f"model.image.options: {error}") from None
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Loads every weight of the model from `path`; only a classifier may be left over there."""
+    try:
+        state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"model.image.pretrained: no file {path}") from None
+    state = state.get("state_dict", state)
+    if "_conv_stem.weight" in state:
+        state = rename_lite0_keys(state)
+    result = model.load_state_dict(state, strict=False)
+    heads = ("classifier", "head", "fc")
+    left_over = [key for key in result.unexpected_keys if not key.startswith(heads)]
+    if result.missing_keys or left_over:
+        missing, extra = ", ".join(result.missing_keys[:3]), ", ".join(left_over[:3])
+        raise UserError(
+            f"{path}: does not fit this tower: {len(result.missing_keys)} weights missing ({missing}), "
+            f"{len(left_over)} unknown ({extra})"
+        )
+
+
+class TextTower(nn.Module):
+    """A Hugging Face encoder and a pooling: token ids [b, T] and mask [b, T] -> features [b, C]."""
+
+    def __init__(
+        self,
+        config: TextTowerConfig,
+        *,
+        vocabulary: int,
+        pad_id: int,
+        stored: transformers.PretrainedConfig | None = None,
+    ) -> None:
+        """`vocabulary` is the tokenizer's size. `stored` rebuilds a saved tower, whatever `config.name` was."""
+        super().__init__()
+        if stored is not None:
+            self.model = _from_config(stored)
+        elif config.pretrained:
+            self.model = _from_pretrained(config)
+            model: Any = self.model
+            if vocabulary > model.get_input_embeddings().num_embeddings:
+                model.resize_token_embeddings(vocabulary)
+        else:
+            self.model = _from_config(_new_config(config, vocabulary, pad_id))
+        self.pooling: Pooling = config.pooling
+        self.hf_config: Any = self.model.config
+        self.width = int(self.model(torch.zeros(1, 2, dtype=torch.long)).last_hidden_state.shape[-1])
+
+    def forward(self, token_ids_bT: Tensor, attention_mask_bT: Tensor) -> Tensor:
+        hidden_bTC = self.model(input_ids=token_ids_bT, attention_mask=attention_mask_bT).last_hidden_state
+        return pool(hidden_bTC, attention_mask_bT, self.pooling)
+
+    def blocks(self) -> list[list[str]]:
+        """Names of parameters, block by block from the input to the output: embeddings, each layer, what follows."""
+        lists = [(name, part) for name, part in self.model.named_modules() if isinstance(part, nn.ModuleList)]
+        prefix, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+        grouped: list[list[str]] = [[] for _ in range(len(layers) + 2)]
+        seen_layers = False
+        for name, _ in self.model.named_parameters():
+            if name.startswith(f"{prefix}."):
+                seen_layers = True
+                grouped[1 + int(name.removeprefix(f"{prefix}.").split(".")[0])].append(f"model.{name}")
+            else:
+                grouped[-1 if seen_layers else 0].append(f"model.{name}")
+        return [names for names in grouped if names]
+
+
+def pool(hidden_bTC: Tensor, mask_bT: Tensor, pooling: Pooling) -> Tensor:
+    """[b, C]: one vector per caption; padding never counts."""
+    if pooling == "cls":
+        return hidden_bTC[:, 0]
+    if pooling == "last":
+        return hidden_bTC[torch.arange(len(mask_bT)), mask_bT.sum(1) - 1]
+    if pooling == "max":
+        return hidden_bTC.masked_fill(mask_bT[:, :, None] == 0, -torch.inf).amax(1)
+    weights_bT1 = mask_bT[:, :, None].to(hidden_bTC.dtype)
+    return (hidden_bTC * weights_bT1).sum(1) / weights_bT1.sum(1)
+
+
+def text_source(config: TextTowerConfig) -> str:
+    """What Hugging Face is asked for: a name, a type or a folder."""
+    if config.name.startswith("package://"):
+        return str(resolve(config.name))
+    kind, _, name = config.name.partition(":")
+    if kind != "hf" or not name:
+        raise UserError(
+            f"model.text.name={config.name!r}: expected hf:<name or folder> or package://<package>/<folder>"
+        )
+    return name
+
+
+def _from_pretrained(config: TextTowerConfig) -> nn.Module:
+    source = text_source(config)
+    try:
+        loaded = transformers.AutoConfig.from_pretrained(source, **config.options)
+        kind = transformers.AutoModelForTextEncoding if loaded.is_encoder_decoder else transformers.AutoModel
+        return kind.from_pretrained(source, config=loaded)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"model.text.name={config.name!r}: cannot be loaded ({first})") from None
+
+
+def _new_config(config: TextTowerConfig, vocabulary: int, pad_id: int) -> transformers.PretrainedConfig:
+    source = text_source(config)
+    sizes = {"vocab_size": vocabulary, "pad_token_id": pad_id}
+    if source in transformers.CONFIG_MAPPING:
+        # Without this, BERT's type starts at the size of the published model: 30,522 words and 512 positions.
+        made = transformers.AutoConfig.for_model(source, **{**sizes, **config.options})
+        unknown = [key for key in config.options if key not in type(made)().to_dict()]
+        if unknown:
+            raise UserError(f"model.text.options: {source} has no {', '.join(unknown)}")
+    else:
+        made = transformers.AutoConfig.from_pretrained(source, **{**sizes, **config.options})
+    positions = getattr(made, "max_position_embeddings", None)
+    if positions is not None and positions < config.max_tokens:
+        raise UserError(
+            f"model.text.max_tokens={config.max_tokens}, but the tower has {positions} positions; "
+            f"set model.text.options.max_position_embeddings or fewer tokens"
+        )
+    return made
+
+
+def _from_config(config: transformers.PretrainedConfig) -> nn.Module:
+    kind = transformers.AutoModelForTextEncoding if config.is_encoder_decoder else transformers.AutoModel
+    return kind.from_config(config)

@@ -1,0 +1,110 @@
+"""Checkpoints: complete or absent, checksummed, and small in number.
+
+    checkpoints/step-00001200/model.safetensors  optimizer.pt  state.json  checksums.json
+    checkpoints/latest                           the name of the newest complete one
+
+No random states are kept, because none exist between steps: every step seeds its generators from (seed, step, rank).
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from clipdist.data.shards import checksum_file, fsync_folder, write_atomically
+from clipdist.errors import UserError
+from clipdist.settings import settings
+
+logger = logging.getLogger(__name__)
+
+NAME = re.compile(r"^step-(\d{8,})$")
+LATEST = "latest"
+
+
+@settings
+class CheckpointConfig:
+    every_steps: int = 0
+    """0: not by steps."""
+    every_minutes: float = 15.0
+    """0: not by time."""
+    keep: int = 2
+    """How many of the newest stay."""
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: dict[str, torch.Tensor], optimizer: dict[str, Any], state: dict[str, Any], keep: int
+) -> Path:
+    """Writes `folder/step-…` beside, syncs and renames it, then points `latest` at it and removes older ones.
+
+    One rank calls it. `state` is JSON.
+    """
+    target = folder / f"step-{step:08d}"
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({name: tensor.detach().cpu().clone() for name, tensor in model.items()}, partial / "model.safetensors")
+    torch.save(optimizer, partial / "optimizer.pt")
+    (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
+    sums = {path.name: checksum_file(path) for path in sorted(partial.iterdir())}
+    (partial / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+    for path in partial.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    if target.exists():  # the same step again, after a forced resume
+        shutil.rmtree(target)
+    os.replace(partial, target)
+    fsync_folder(folder)
+    write_atomically(folder / LATEST, (target.name + "\n").encode())
+    for old in _complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Checkpoints that carry a finished name, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := NAME.match(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def newest_sound(folder: Path) -> Path | None:
+    """The newest checkpoint whose checksums hold; says so when it has to pass over a damaged one.
+
+    Raises `UserError` when there are checkpoints and all are damaged.
+    """
+    candidates = _complete(folder)[::-1]
+    for path in candidates:
+        fault = _fault(path)
+        if fault is None:
+            return path
+        logger.warning("checkpoint %s is damaged (%s); trying the one before", path, fault)
+    if candidates:
+        raise UserError(f"{folder}: all {len(candidates)} checkpoints are damaged; remove the folder to start anew")
+    return None
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
+        for name, expected in sums.items():
+            if (found := checksum_file(path / name)) != expected:
+                return f"{name} has checksum {found}, expected {expected}"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
+    """(model weights, optimiser state, state) on the CPU; nothing in it is unpickled but tensors and plain values."""
+    return (
+        load_file(path / "model.safetensors"),
+        torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
+        json.loads((path / "state.json").read_text(encoding="utf-8")),
+    )

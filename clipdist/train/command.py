@@ -1,0 +1,67 @@
+"""Trains a run from a recipe; the same command again goes on where it stopped.
+
+On several processes: accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes 2 -m clipdist.train …
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from clipdist import world
+from clipdist.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="YAML recipe, such as launch/recipes/phantom.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.epochs=5 model.width=256")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    # Loader workers are forked after the tokenizer was used; the warning about it would come once per worker.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from clipdist.config import load_config, to_yaml
+
+    config = load_config(args.recipe, args.overrides)
+    if args.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    configure_logging()
+    from clipdist.train.loop import train
+
+    return train(config)
+
+
+def configure_logging() -> None:
+    """Plain lines on standard error from rank 0; warnings alone from the others."""
+    who = world.announced()
+    name = "" if who.rank == 0 else f"rank {who.rank} "
+    logging.basicConfig(format=f"%(asctime)s {name}%(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logging.getLogger("clipdist").setLevel(logging.INFO if who.rank == 0 else logging.WARNING)
+    for noisy in ("PIL", "timm", "transformers", "torch.distributed", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"torch\.utils\.tensorboard|pydantic|accelerate")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m clipdist.train`: what each rank runs."""
+    parser = argparse.ArgumentParser(
+        prog="python -m clipdist.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    args = parser.parse_args(arguments)
+    try:
+        return run(args)
+    except UserError as error:
+        if world.announced().rank:
+            # Most errors strike every rank: rank 0 prints them and the launcher ends the others meanwhile. Whoever
+            # is still here has one of its own.
+            time.sleep(3)
+        world.report(error)
+        sys.stderr.flush()
+        # Not sys.exit: other ranks may wait in a collective that this one will never join.
+        os._exit(2)

@@ -1,0 +1,95 @@
+"""The training loop."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from clipdist.train.signals import Clock, StopRequest
+from clipdist.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from clipdist.config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+FINISHED = 0
+STOPPED_ON_REQUEST = 75
+
+
+def train(config: "RunConfig") -> int:
+    """Trains a run to its end, or until it is asked to stop; goes on by itself where it stopped before.
+
+    Every rank calls it. Returns 0 when the run is finished and 75 when it was stopped by a signal and left a
+    checkpoint: start the same command again. Raises `UserError` for what the user can change.
+    """
+    trainer = Trainer(config)
+    progress, per_epoch = trainer.progress, trainer.order.steps_per_epoch
+    if progress.finished:
+        say(trainer, f"{trainer.folder.path} is finished: step {progress.step:,}, nothing to do")
+        return FINISHED
+    say(
+        trainer,
+        f"{trainer.folder.path}: {trainer.total_steps:,} steps of {trainer.order.global_batch} pairs, "
+        f"{per_epoch:,} per epoch, processes: {trainer.world.world_size}, from step {progress.step:,}",
+    )
+    request, clock = StopRequest(), Clock(config.checkpoint.every_minutes)
+    stop = False
+    for batch in trainer.batches():
+        trainer.enter_epoch(trainer.epoch_of(batch.step))
+        values = trainer.step(batch)
+
+        stop, save, bad = trainer.agree(request.requested, trainer.world.is_main and clock.due(), len(batch.bad))
+        if bad:
+            trainer.note_bad_samples(batch, bad)
+        last = progress.step == trainer.total_steps
+        epoch_ends = progress.step % per_epoch == 0
+        if progress.step % config.log.every_steps == 0 or epoch_ends or stop:
+            record = trainer.log(values)
+            say(trainer, describe(trainer, record))
+
+        if epoch_ends:
+            progress.bad_in_epoch = 0
+            epoch = progress.step // per_epoch
+            if trainer.val_split is not None and (epoch % config.evaluate.every_epochs == 0 or last):
+                scores, enough = trainer.validate()
+                say(trainer, describe_validation(epoch, scores))
+                progress.finished = enough
+                trainer.begin_interval()
+            progress.finished = progress.finished or last
+
+        every = config.checkpoint.every_steps
+        if progress.finished or stop or save or (every and progress.step % every == 0):
+            trainer.save()
+            clock.reset()
+        if progress.finished or stop:
+            break
+    if progress.finished:
+        trainer.finish()
+        return FINISHED
+    assert stop
+    say(trainer, f"stopped on request at step {progress.step:,} with a good checkpoint; the same command goes on")
+    trainer.close()
+    return STOPPED_ON_REQUEST
+
+
+def say(trainer: Trainer, line: str) -> None:
+    if trainer.world.is_main:
+        logger.info(line)
+
+
+def describe(trainer: Trainer, record: dict[str, Any]) -> str:
+    step = trainer.progress.step
+    left = (trainer.total_steps - step) * record["perf/step_seconds"]
+    return (
+        f"step {step:,}/{trainer.total_steps:,} epoch {trainer.epoch_of(step - 1) + 1}/{trainer.config.train.epochs} "
+        f"loss {record['train/loss']:.4f} lr {record['train/lr']:.2e} temperature {record['train/temperature']:.3f} "
+        f"{record['perf/samples_per_second']:,.0f} pairs/s wait {record['data/wait_fraction']:.0%} "
+        f"left {left / 60:.0f} min"
+    )
+
+
+def describe_validation(epoch: int, scores: dict[str, float]) -> str:
+    return (
+        f"epoch {epoch} validation: loss {scores['val/loss']:.4f}, gallery {scores['val/gallery']:,.0f}, "
+        f"image→text R@1 {scores['val/image_to_text/R@1']:.3f} R@5 {scores['val/image_to_text/R@5']:.3f}, "
+        f"text→image R@1 {scores['val/text_to_image/R@1']:.3f} R@5 {scores['val/text_to_image/R@5']:.3f}"
+    )

@@ -1,0 +1,106 @@
+"""Optimiser and learning-rate schedule."""
+
+import math
+from typing import Any, Literal
+
+import torch
+
+from clipdist.errors import UserError
+from clipdist.model.dual_encoder import DualEncoder
+from clipdist.settings import settings
+
+
+@settings
+class OptimConfig:
+    lr: float = 5e-4
+    image_lr_scale: float = 1.0
+    """Multiplies `lr` for the image tower; likewise for the text tower. Projections and temperature use `lr`."""
+    text_lr_scale: float = 1.0
+    weight_decay: float = 0.1
+    """On matrices; never on biases, norms and the temperature."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    schedule: Literal["cosine", "constant", "plateau"] = "cosine"
+    warmup_steps: int = 0
+    """Linear from 0; a number of steps."""
+    min_lr_fraction: float = 0.0
+    """Where the cosine ends and below which the plateau does not go, as a share of `lr`."""
+    plateau_factor: float = 0.5
+    plateau_patience: int = 2
+    """Validations without improvement before the learning rate is multiplied by `plateau_factor`."""
+
+
+def build_optimizer(model: DualEncoder, config: OptimConfig, fused: bool) -> torch.optim.AdamW:
+    """AdamW over all parameters, frozen ones too: a frozen parameter has no gradient and is passed over, so stages
+    need no rebuilding. Each group carries `lr_scale` and `part`."""
+    scales = {"image": config.image_lr_scale, "text": config.text_lr_scale}
+    groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0]
+        decays = parameter.ndim >= 2 and part != "temperature"
+        groups.setdefault((part if part in scales else "head", decays), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": config.weight_decay if decays else 0.0,
+                "lr_scale": scales.get(part, 1.0),
+                "part": part,
+            }
+            for (part, decays), parameters in groups.items()
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=fused,
+    )
+
+
+class Schedule:
+    """The learning rate as a function of the step; only the plateau schedule remembers anything."""
+
+    def __init__(self, config: OptimConfig, steps: int) -> None:
+        if config.warmup_steps >= steps > 0:
+            raise UserError(
+                f"optim.warmup_steps={config.warmup_steps}, but the run has only {steps} steps; warm up for fewer"
+            )
+        self.config, self.steps = config, steps
+        self.plateau_factor = 1.0
+        self.best: float | None = None
+        self.waited = 0
+
+    def lr(self, step: int) -> float:
+        """For step number `step`, counted from 0."""
+        config = self.config
+        if step < config.warmup_steps:
+            return config.lr * (step + 1) / config.warmup_steps
+        if config.schedule == "cosine":
+            done = (step - config.warmup_steps) / max(1, self.steps - config.warmup_steps)
+            floor = config.min_lr_fraction
+            return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+        return config.lr * max(config.min_lr_fraction, self.plateau_factor)
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Sets every group's learning rate and returns the unscaled one."""
+        lr = self.lr(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        return lr
+
+    def observe(self, value: float, higher_is_better: bool) -> None:
+        """Tells the plateau schedule the outcome of a validation."""
+        if self.config.schedule != "plateau":
+            return
+        value = value if higher_is_better else -value
+        if self.best is None or value > self.best:
+            self.best, self.waited = value, 0
+            return
+        self.waited += 1
+        if self.waited > self.config.plateau_patience:
+            self.plateau_factor, self.waited = self.plateau_factor * self.config.plateau_factor, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"plateau_factor": self.plateau_factor, "best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.plateau_factor, self.best, self.waited = state["plateau_factor"], state["best"], state["waited"]

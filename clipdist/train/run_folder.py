@@ -1,0 +1,140 @@
+"""The folder that one run owns: its configuration, its environment, and whether it may go on."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from clipdist import world
+from clipdist.data.shards import ShardSet, write_atomically
+from clipdist.errors import UserError
+from clipdist.train.checkpoint import newest_sound
+
+if TYPE_CHECKING:
+    from clipdist.config import RunConfig
+
+PACKAGES = [
+    *("clipdist", "torch", "torchvision", "timm", "transformers", "tokenizers", "accelerate", "deepspeed"),
+    *("webdataset", "safetensors", "numpy", "pillow"),
+]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+    checkpoint: Path | None
+    """Where to go on from; None at the start."""
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+
+def open_run(config: "RunConfig", shard_set: ShardSet, who: world.World) -> RunFolder:
+    """Creates or reopens the run's folder; all ranks call it, rank 0 writes.
+
+    Raises `UserError` when the folder holds a run whose recipe, or shard set, differs in what defines the maths.
+    """
+    from clipdist.config import differences, read_config, to_yaml
+
+    folder = config.folder
+    written = folder / "config.yaml"
+    checkpoint = None
+    if written.exists():
+        if config.resume == "never":
+            raise UserError(f"{folder}: already holds a run; choose another name, or resume=auto to go on")
+        checkpoint = newest_sound(folder / "checkpoints")
+        if checkpoint and config.resume == "auto":
+            changed = differences(read_config(written), config)
+            if changed:
+                raise UserError(
+                    f"{folder}: the run there was made with another recipe ({'; '.join(changed)}); choose another "
+                    f"name, restore these values, or go on all the same with resume=force"
+                )
+            _check_set(folder, shard_set)
+    world.barrier()  # nobody may overwrite what another rank has yet to read
+    if who.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(written, to_yaml(config).encode())
+    return RunFolder(folder, checkpoint)
+
+
+def _check_set(folder: Path, shard_set: ShardSet) -> None:
+    known = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["shard_sets"][0]["digest"]
+    if known != shard_set.manifest.digest:
+        raise UserError(
+            f"{folder}: the run there has seen another version of {shard_set.folder} (digest {known}, now "
+            f"{shard_set.manifest.digest}), so its order cannot go on; choose another name, or resume=force"
+        )
+
+
+def write_environment(
+    folder: Path, shard_set: ShardSet, who: world.World, device: torch.device, parameters: dict[str, int], step: int
+) -> None:
+    """`environment.json`: what the run runs on; each start is added to `starts`. All ranks call it, rank 0 writes."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    nodes = world.gather_objects((socket.gethostname(), gpu))
+    if not who.is_main:
+        return
+    path = folder / "environment.json"
+    starts: list[dict[str, Any]] = []
+    if path.exists():
+        starts = json.loads(path.read_text(encoding="utf-8")).get("starts", [])
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    body = {
+        "world_size": who.world_size,
+        "hosts": sorted({host for host, _ in nodes}),
+        "gpus": [gpu for _, gpu in nodes if gpu],
+        "cpu": {"model": _cpu_model(), "cores": os.cpu_count(), "threads_per_process": torch.get_num_threads()},
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "parameters": parameters,
+        "shard_sets": [
+            {
+                "path": str(shard_set.folder),
+                "digest": shard_set.manifest.digest,
+                "splits": {name: sum(s.samples for s in shards) for name, shards in shard_set.manifest.splits.items()},
+                "license": shard_set.manifest.license,
+                "notes": shard_set.manifest.notes,
+            }
+        ],
+        "starts": [*starts, {"time": time, "step": step, "world_size": who.world_size}],
+    }
+    body |= {"clipdist": body["versions"]["clipdist"], "torch": torch.__version__}  # type: ignore[index]
+    write_atomically(path, (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _commit() -> str | None:
+    try:
+        here = Path(__file__).parent
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,518 @@
+"""What a training run holds, and its single actions; `loop.py` puts them in order.
+
+b = rows on this rank, B = rows in the global batch, D = width of the joint embedding.
+"""
+
+import json
+import logging
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from clipdist import settings as s
+from clipdist import world
+from clipdist.data.loader import MASK_64, Batch, TrainLoader, TrainRows
+from clipdist.data.order import Order, philox
+from clipdist.data.shards import BadSample, ShardSet, Split, write_atomically
+from clipdist.data.text import Tokenizer
+from clipdist.errors import UserError
+from clipdist.evaluate.embed import embed_split
+from clipdist.loss import ContrastiveLoss
+from clipdist.model.build import build_model, build_tokenizer
+from clipdist.model.dual_encoder import DualEncoder
+from clipdist.model.freeze import StageConfig, apply_stage, stage_of, trainable_count, unused_parameters
+from clipdist.model.saved import save_model
+from clipdist.train.checkpoint import read_checkpoint, save_checkpoint
+from clipdist.train.metrics import MetricsWriter, memory_gib, peak_flops
+from clipdist.train.optim import Schedule, build_optimizer
+from clipdist.train.run_folder import RunFolder, open_run, write_environment
+from clipdist.train.validate import MONITORS, validate
+
+if TYPE_CHECKING:
+    from clipdist.config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@s.settings
+class TrainConfig:
+    global_batch: int
+    """Pairs per step over all ranks: each is contrasted with all the others."""
+    epochs: int
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    max_grad_norm: float = 1.0
+    """0: gradients are not clipped."""
+    stages: tuple[StageConfig, ...] = ()
+    """What trains when; everything from the start when empty."""
+    compile: bool = False
+    """torch.compile for both towers."""
+    processes: int = 0
+    """How many processes the run must have; 0: as many as are launched."""
+    max_skipped_in_a_row: int = 5
+    """Steps with a non-finite loss or gradient, which change nothing, before the run stops."""
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers besides weights and optimiser."""
+
+    step: int = 0
+    digest: int = 0
+    bad_in_epoch: int = 0
+    skipped_in_a_row: int = 0
+    best: float | None = None
+    best_step: int = 0
+    validations_without_improvement: int = 0
+    finished: bool = False
+
+
+@dataclass
+class Interval:
+    """Sums since the last logged step, on this rank."""
+
+    began: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    wait_seconds: float = 0.0
+    skipped: int = 0
+
+
+class Trainer:
+    """Everything of one run on this rank. All ranks construct it, and call each method together."""
+
+    def __init__(self, config: "RunConfig") -> None:
+        self.config = config
+        check(config)
+        use_cpu = not torch.cuda.is_available()
+        # Buffers need no broadcast: batch statistics are synchronised or frozen, so ranks never differ in them.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        precision = {"fp32": "no"}.get(config.train.precision, config.train.precision)
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu, kwargs_handlers=[ddp])
+        self.world = world.check_size(config.train.processes)
+        self.device = self.accelerator.device
+        self.shard_set = ShardSet.open(config.data.set)
+        self.split = self.shard_set.split(config.data.train_split)
+        self.val_split = self.shard_set.split(config.data.val_split) if config.data.val_split else None
+        self.order = Order(
+            self.split.samples_per_shard,
+            seed=config.seed,
+            global_batch=config.train.global_batch,
+            lanes=config.data.lanes,
+            window=config.data.window,
+        )
+        self.total_steps = self.order.steps_per_epoch * config.train.epochs
+        self.schedule = Schedule(config.optim, self.total_steps)
+        stage_of(config.train.stages, 0)
+        self.folder: RunFolder = open_run(config, self.shard_set, self.world)
+        self.tokenizer = self._tokenizer()
+        self._build()
+        self.progress = Progress()
+        if self.folder.checkpoint:
+            self._restore()
+        write_environment(
+            self.folder.path, self.shard_set, self.world, self.device, self.parameters, self.progress.step
+        )
+        self.writer = None
+        if self.world.is_main:
+            self.writer = MetricsWriter(self.folder.path, config.log, self.progress.step)
+            self._forget_bad_samples()
+        self.interval = Interval()
+        self.step_flops: float | None = None
+
+    def _tokenizer(self) -> Tokenizer:
+        """Made once by rank 0, kept with the run, and read back by everyone."""
+        kept = self.folder.path / "tokenizer"
+        complete = kept / "complete"
+        if self.world.is_main and not complete.exists():
+            build_tokenizer(self.config.model, training_captions(self.split)).save(kept)
+            write_atomically(complete, b"")
+        world.barrier()
+        return Tokenizer.load(kept, self.config.model.text.max_tokens)
+
+    def _build(self) -> None:
+        config = self.config
+        self.model: DualEncoder = build_model(config.model, self.tokenizer, config.seed).to(self.device)
+        self.unused = unused_parameters(self.model)
+        self.temperature_learns = config.model.temperature.learned
+        if self.world.world_size > 1 and self.model.image.batch_norm == "global":
+            self.model = synchronise_batch_norm(self.model, self.device)
+        if config.train.compile:
+            self.model.image.compile()
+            self.model.text.compile()
+        self.criterion = ContrastiveLoss(**asdict(config.loss))
+        optimizer = build_optimizer(self.model, config.optim, fused=self.device.type == "cuda")
+        self.optimizer: Any = self.accelerator.prepare_optimizer(optimizer)
+        self.parameters = {
+            "image tower": sum(p.numel() for p in self.model.image.parameters()),
+            "text tower": sum(p.numel() for p in self.model.text.parameters()),
+            "total": sum(p.numel() for p in self.model.parameters()),
+        }
+        self.engine: nn.Module = self.model
+        self.stage: StageConfig | None = None
+
+    def enter_epoch(self, epoch: int) -> None:
+        """Freezes and thaws by the recipe's stages, and wraps the model anew when that changed anything."""
+        stage = stage_of(self.config.train.stages, epoch)
+        if stage == self.stage:
+            return
+        self.stage = stage
+        if self.engine is not self.model:
+            self.accelerator.unwrap_model(self.engine, keep_fp32_wrapper=False)
+            self.accelerator._models.clear()
+        apply_stage(self.model, stage, self.unused)
+        self.model.train()
+        self.engine = self.accelerator.prepare_model(self.model)
+        if self.world.is_main:
+            logger.info(
+                "epoch %d on: image %s, text %s; %s of %s parameters train",
+                epoch,
+                stage.image,
+                stage.text,
+                f"{trainable_count(self.model):,}",
+                f"{self.parameters['total']:,}",
+            )
+
+    def _restore(self) -> None:
+        assert self.folder.checkpoint is not None
+        weights, optimizer, state = read_checkpoint(self.folder.checkpoint)
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(optimizer)
+        self.schedule.load_state_dict(state.pop("schedule"))
+        if (scaler := state.pop("scaler")) and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(scaler)
+        state["digest"] = int(state["digest"], 16)
+        self.progress = Progress(**state)
+        if self.world.is_main:
+            logger.info("going on from %s", self.folder.checkpoint)
+        else:
+            self.progress.digest = 0  # the sum over ranks counts what came before once
+
+    def batches(self) -> TrainLoader:
+        rows = TrainRows(
+            self.split,
+            self.order,
+            self.config.data,
+            side=self.model.image.side,
+            resize=self.model.image.resize,
+            tokenizer=self.tokenizer,
+        )
+        return TrainLoader(
+            rows,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            first_step=self.progress.step,
+            steps=self.total_steps,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One update from the global batch; returns the loss and gradient norms, equal on all ranks.
+
+        A loss or gradient that is not finite changes nothing: averaged over ranks, it is so on all of them.
+        """
+        batch = batch.to(self.device)
+        # Dropout and its like: a function of seed, step and rank, so that no generator's state need be saved.
+        torch.manual_seed(int(philox("step", self.config.seed, batch.step, self.world.rank).random_raw() >> 1))
+        lr = self.schedule.apply(self.optimizer, batch.step)
+        with self._count_flops():
+            with self.accelerator.autocast():
+                encoded = self.engine(batch.images_b3HW, batch.token_ids_bT, batch.attention_mask_bT)
+            loss = self.criterion(*encoded, group_b=batch.group_b)
+            self.accelerator.backward(loss)
+        self.accelerator.unscale_gradients(self.optimizer)
+        norms = gradient_norms(self.model)
+        total = math.sqrt(sum(norm**2 for norm in norms.values()))
+        scaled = self.accelerator.scaler is not None
+        finite = math.isfinite(total) and math.isfinite(float(loss.detach()))
+        if finite or scaled:  # a scaler passes over such a step by itself, and must hear of it
+            limit = self.config.train.max_grad_norm
+            if limit and finite:
+                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, torch.tensor(total))
+            self.optimizer.step()
+            if self.temperature_learns:
+                self.model.temperature.clamp()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._note_step(batch, finite)
+        return {
+            "train/loss": float(loss.detach()),
+            "train/lr": lr,
+            "train/logit_scale": float(encoded.logit_scale.detach()),
+            "train/temperature": 1 / float(encoded.logit_scale.detach()),
+            "train/grad_norm": total,
+            **{f"train/grad_norm_{part}": norm for part, norm in norms.items()},
+        }
+
+    def _count_flops(self) -> Any:
+        """Counts one step's floating-point operations, once, where a peak to compare with is known."""
+        self._flops: FlopCounterMode | None = None
+        if self.step_flops is None and self.device.type == "cuda":
+            self._flops = FlopCounterMode(display=False)
+            return self._flops
+        return nullcontext()
+
+    def _note_step(self, batch: Batch, finite: bool) -> None:
+        if self._flops is not None:
+            self.step_flops = float(self._flops.get_total_flops())
+        self.progress.step = batch.step + 1
+        self.progress.digest = (self.progress.digest + batch.consumed) & MASK_64
+        self.progress.skipped_in_a_row = 0 if finite else self.progress.skipped_in_a_row + 1
+        self.interval.steps += 1
+        self.interval.skipped += not finite
+        self.interval.wait_seconds += batch.wait_seconds
+        if self.progress.skipped_in_a_row > self.config.train.max_skipped_in_a_row and self.accelerator.scaler is None:
+            raise UserError(
+                f"step {batch.step}: the loss or a gradient was not finite for {self.progress.skipped_in_a_row} steps "
+                f"in a row; none of them changed the weights. Lower optim.lr, or use bf16 or fp32"
+            )
+
+    def agree(self, stop: bool, save: bool, bad: int) -> tuple[bool, bool, int]:
+        """(anyone wants to stop, anyone wants to save, bad samples of this step over all ranks)."""
+        votes = world.sum_over_ranks(torch.tensor([stop, save, bad], dtype=torch.int64, device=self.device)).tolist()
+        return votes[0] > 0, votes[1] > 0, votes[2]
+
+    def note_bad_samples(self, batch: Batch, count: int) -> None:
+        """Names the step's unreadable samples in `bad_samples.jsonl`; stops the run when an epoch has too many."""
+        records = [record for part in world.gather_objects(batch.bad) for record in part]
+        self.progress.bad_in_epoch += count
+        if self.world.is_main:
+            path = self.folder.path / "bad_samples.jsonl"
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
+        used = self.order.steps_per_epoch * self.order.global_batch
+        if self.progress.bad_in_epoch > max(1, self.config.data.max_bad_fraction * used):
+            shown = "; ".join(f"{record.key}: {record.reason}" for record in records[:3])
+            raise UserError(
+                f"{self.split.folder}: {self.progress.bad_in_epoch} unreadable samples in one epoch of {used}, more "
+                f"than data.max_bad_fraction={self.config.data.max_bad_fraction} allows ({shown}; all are listed in "
+                f"{self.folder.path / 'bad_samples.jsonl'}); run: clipdist verify {self.split.folder}"
+            )
+
+    def _forget_bad_samples(self) -> None:
+        path = self.folder.path / "bad_samples.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] < self.progress.step]
+            write_atomically(path, "".join(kept).encode())
+
+    def log(self, values: dict[str, float]) -> dict[str, Any]:
+        """Adds throughput and the digest to a step's values and writes them down."""
+        interval = self.interval
+        seconds = max(time.perf_counter() - interval.began, 1e-9)
+        waited = torch.tensor([interval.wait_seconds], dtype=torch.float64, device=self.device)
+        wait_fraction = float(world.sum_over_ranks(waited)) / self.world.world_size / seconds
+        speed = self.order.global_batch * interval.steps / seconds
+        record: dict[str, Any] = {
+            **values,
+            "data/digest": f"{self.digest():016x}",
+            "data/wait_fraction": min(1.0, wait_fraction),
+            "data/bad_samples": self.progress.bad_in_epoch,
+            "perf/samples_per_second": speed,
+            "perf/samples_per_second_per_device": speed / self.world.world_size,
+            "perf/step_seconds": seconds / max(1, interval.steps),
+            "perf/memory_gib": memory_gib(self.device),
+        }
+        if interval.skipped:
+            record["train/skipped_steps"] = interval.skipped
+        peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        if self.step_flops and peak:
+            record["perf/mfu"] = self.step_flops / record["perf/step_seconds"] / peak
+        if self.writer:
+            self.writer.write(self.progress.step, self.epoch_of(self.progress.step - 1), record)
+        self.interval = Interval()
+        return record
+
+    def digest(self) -> int:
+        """The running hash of every (step, key) consumed by all ranks."""
+        # An int64 sum wraps round exactly as the 64-bit hash does.
+        signed = np.array([self.progress.digest], np.uint64).astype(np.int64)
+        summed = world.sum_over_ranks(torch.from_numpy(signed).to(self.device))
+        return int(summed.cpu()) & MASK_64
+
+    def epoch_of(self, step: int) -> int:
+        return step // self.order.steps_per_epoch
+
+    def save(self) -> None:
+        """A checkpoint of the current step."""
+        digest = self.digest()
+        if self.writer:
+            self.writer.sync()
+            scaler = self.accelerator.scaler
+            state = {
+                **asdict(self.progress),
+                "digest": f"{digest:016x}",
+                "schedule": self.schedule.state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            }
+            del state["step"]
+            save_checkpoint(
+                self.folder.checkpoints,
+                self.progress.step,
+                self.model.state_dict(),
+                self.optimizer.state_dict(),
+                state,
+                self.config.checkpoint.keep,
+            )
+        world.barrier()
+
+    def validate(self) -> tuple[dict[str, float], bool]:
+        """Measures the validation split, keeps the model if it is the best so far; (values, whether to stop early)."""
+        config = self.config
+        assert self.val_split is not None
+        embeddings = embed_split(
+            self.model,
+            self.tokenizer,
+            self.val_split,
+            workers=config.evaluate.workers,
+            precision=PRECISIONS[config.train.precision],
+            quiet=True,
+        )
+        values: dict[str, float] = {}
+        if self.writer:
+            scale, bias = self.model.temperature()
+            outcome = validate(
+                embeddings,
+                self.val_split,
+                groups=config.data.groups,
+                kind=config.loss.kind,
+                scale=float(scale.detach()),
+                bias=None if bias is None else float(bias.detach()),
+                loss_rows=config.train.global_batch,
+                panels=config.evaluate.panels,
+                max_pixels=config.data.max_image_pixels,
+            )
+            values = outcome.values
+            step, epoch = self.progress.step, self.epoch_of(self.progress.step - 1)
+            self.writer.write(step, epoch, values)
+            if outcome.panel is not None:
+                self.writer.image("val/retrieval", outcome.panel, step)
+            if self._improves(values):
+                self.keep_model({"val": {**outcome.scores.to_dict(), **self.described(config.data.val_split)}})
+        told = world.broadcast_object(values)
+        return told, self._note_validation(told)
+
+    def _improves(self, values: dict[str, float]) -> bool:
+        value, best = values[self.config.evaluate.monitor], self.progress.best
+        if best is None:
+            return True
+        gain = value - best if MONITORS[self.config.evaluate.monitor] else best - value
+        return gain > self.config.evaluate.min_improvement
+
+    def _note_validation(self, values: dict[str, float]) -> bool:
+        monitor, progress = self.config.evaluate.monitor, self.progress
+        if self._improves(values):
+            progress.best, progress.best_step = values[monitor], progress.step
+            progress.validations_without_improvement = 0
+        else:
+            progress.validations_without_improvement += 1
+        self.schedule.observe(values[monitor], MONITORS[monitor])
+        patience = self.config.evaluate.patience
+        return bool(patience) and progress.validations_without_improvement >= patience
+
+    def described(self, split: str) -> dict[str, Any]:
+        return {
+            "data": str(self.shard_set.folder),
+            "data_digest": self.shard_set.manifest.digest,
+            "split": split,
+            "step": self.progress.step,
+            "model": str(self.folder.path / "model"),
+        }
+
+    def begin_interval(self) -> None:
+        """Starts timing anew, so that validation does not count as a slow step."""
+        self.interval = Interval()
+
+    def finish(self) -> None:
+        """Leaves the finished model, the table of hyper-parameters and the report."""
+        if self.writer:
+            from clipdist.config import flat
+            from clipdist.evaluate.report import write_report
+
+            if self.val_split is None:
+                self.keep_model({})
+            best = {} if self.progress.best is None else {self.config.evaluate.monitor: self.progress.best}
+            self.writer.hyper_parameters(flat(self.config), best)
+            self.writer.close()
+            path = write_report(self.folder.path)
+            where = f"best at step {self.progress.best_step:,}" if best else "last step"
+            logger.info("finished: model in %s (%s), report in %s", self.folder.path / "model", where, path)
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the process group, after every rank has come this far."""
+        if self.writer:
+            self.writer.close()
+        world.barrier()
+        self.accelerator.end_training()
+
+    def keep_model(self, scores: dict[str, Any]) -> None:
+        """Writes the current weights as the run's finished model; rank 0 calls it."""
+        about = {
+            **self.described(self.config.data.train_split),
+            "epoch": self.progress.step / self.order.steps_per_epoch,
+            "groups": self.config.data.groups,
+            "license": self.shard_set.manifest.license,
+            "notes": self.shard_set.manifest.notes,
+        }
+        save_model(self.folder.path / "model", self.model, self.tokenizer, scores=scores, about=about)
+
+
+def check(config: "RunConfig") -> None:
+    """What types cannot say; `UserError` before anything is loaded."""
+    train = config.train
+    if train.global_batch < 2 or train.epochs < 1:
+        raise UserError(
+            f"train.global_batch={train.global_batch} and train.epochs={train.epochs}: expected at least 2 and 1"
+        )
+    if train.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.precision=fp16 needs a GPU; without one use bf16 or fp32")
+    if config.evaluate.monitor not in MONITORS:
+        raise UserError(f"evaluate.monitor={config.evaluate.monitor!r}, expected one of {', '.join(MONITORS)}")
+    if config.loss.kind == "sigmoid" and config.model.temperature.bias is None:
+        raise UserError("loss.kind=sigmoid needs a logit bias: set model.temperature.bias=-10")
+    if "/" in config.name or not config.name:
+        raise UserError(f"name={config.name!r}: expected a plain folder name")
+    ContrastiveLoss(**asdict(config.loss))
+
+
+def training_captions(split: Split) -> Any:
+    """Every caption of a split, in order; unreadable samples are passed over here, since the loader names them."""
+    for number in range(len(split)):
+        try:
+            yield from split.read(number).texts
+        except BadSample:
+            continue
+
+
+def gradient_norms(model: DualEncoder) -> dict[str, float]:
+    """L2 norm of the gradient of each part: image, text, and head (projections and temperature)."""
+    parts: dict[str, list[torch.Tensor]] = {"image": [], "text": [], "head": []}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            part = name.split(".")[0]
+            parts[part if part in parts else "head"].append(parameter.grad)
+    return {part: float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0 for part, grads in parts.items()}
+
+
+def synchronise_batch_norm(model: DualEncoder, device: torch.device) -> DualEncoder:
+    """Batch statistics over the global batch, so that the result does not depend on the number of ranks."""
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return model
+    if device.type != "cuda":
+        raise UserError(
+            "this image tower has batch normalisation, whose statistics over several processes need GPUs; without: "
+            "set model.image.batch_norm=frozen, launch one process, or choose a tower with layer normalisation"
+        )
+    from timm.layers import convert_sync_batchnorm
+
+    model.image.model = convert_sync_batchnorm(model.image.model)
+    return model

@@ -1,0 +1,337 @@
+"""Packing: what goes in comes out, the same bytes for any number of workers, and every bad input named."""
+
+import argparse
+import csv
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import webdataset
+
+from clipdist.data import pack_command
+from clipdist.data.pack import REJECTED, Pair, pack_pairs
+from clipdist.data.shards import MANIFEST, ShardSet, checksum_file
+from clipdist.data.writer import ShardSetWriter
+from clipdist.errors import UserError
+from tests.unit.pictures import encoded, picture
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Forty images of twenty patients with a CSV beside them."""
+    folder = tmp_path / "photos"
+    (folder / "a").mkdir(parents=True)
+    rows = []
+    for number in range(40):
+        name, format = (f"a/{number:03d}.jpg", "JPEG") if number % 2 else (f"{number:03d}.png", "PNG")
+        (folder / name).write_bytes(encoded(picture(number), format))
+        rows.append(f'{name},"lesion, number {number}",Läsion {number},p{number // 2},{"ab"[number % 4 == 0]},{number}')
+    header = "file,caption,german,patient,diagnosis,age\n"
+    (tmp_path / "pairs.csv").write_text("\ufeff" + header + "\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def run(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    pack_command.add_arguments(parser)
+    return pack_command.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def table_arguments(photos: Path) -> list[object]:
+    table = photos.parent / "pairs.csv"
+    return [table, "--images", photos, "--image-column", "file", "--text-column", "caption", "--workers", 0]
+
+
+def shard_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
+
+
+def rejected_rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / REJECTED, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# What goes in comes out
+
+
+def test_a_packed_table_is_read_back(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    arguments = [*table_arguments(photos), "--text-column", "german", "--label-column", "diagnosis"]
+    split = ["--unit-column", "patient", "--split", "train=0.8", "val=0.1", "test=0.1"]
+    assert run(*arguments, "--keep-columns", "age", *split, "--samples-per-shard", 10, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == "rejected: none of 40"
+    assert "16 units" in printed
+    assert "asked for: train=0.8" in printed
+
+    opened_set = ShardSet.open(out)
+    assert opened_set.manifest.sources == {"pairs.csv": checksum_file(tmp_path / "pairs.csv")}
+    seen: dict[str, set[str]] = {}
+    for name, count in {"train": 32, "val": 4, "test": 4}.items():
+        split_read = opened_set.split(name)
+        assert len(split_read) == count
+        for position in range(count):
+            sample = split_read.read(position)
+            number = int(sample.key[-3:])
+            stored = photos / f"{sample.key}.{sample.extension}"
+            assert sample.image == stored.read_bytes()  # untouched
+            assert sample.texts == [f"lesion, number {number}", f"Läsion {number}"]
+            assert sample.fields == {"label": "ab"[number % 4 == 0], "unit": f"p{number // 2}", "age": number}
+            seen.setdefault(sample.fields["unit"], set()).add(name)
+    assert len(seen) == 20
+    assert all(len(names) == 1 for names in seen.values())
+    assert not (out / REJECTED).exists()
+
+
+@pytest.mark.parametrize("zstd", [False, True])
+def test_plain_webdataset_reads_what_was_packed(photos: Path, tmp_path: Path, zstd: bool) -> None:
+    out = tmp_path / "out"
+    run(*table_arguments(photos), "--samples-per-shard", 25, "--out", out, *["--zstd"] * zstd)
+    shards = sorted(out.glob("*.tar*"))
+    assert [shard.name for shard in shards] == [f"train-00000{n}.tar{'.zst' * zstd}" for n in range(2)]
+    if zstd:
+        import zstandard
+
+        for shard in shards:
+            with open(shard, "rb") as file:
+                shard.with_suffix("").write_bytes(zstandard.ZstdDecompressor().stream_reader(file, True).read())
+        shards = [shard.with_suffix("") for shard in shards]
+    found = list(webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False, empty_check=False))
+    assert len(found) == 40
+    for sample in found:
+        extension = "jpg" if "jpg" in sample else "png"
+        assert sample[extension] == (photos / f"{sample['__key__']}.{extension}").read_bytes()
+        assert json.loads(sample["json"]) == {"text": f"lesion, number {int(sample['__key__'][-3:])}"}
+
+
+def test_any_number_of_workers_writes_the_same_bytes(photos: Path, tmp_path: Path) -> None:
+    (photos / "006.png").write_bytes(b"no image")
+    for workers in (0, 1, 2):
+        options = ["--workers", workers, "--side", 16, "--format", "jpg", "--samples-per-shard", 7]
+        run(*table_arguments(photos), "--out", tmp_path / f"out{workers}", *options)
+    first = shard_bytes(tmp_path / "out0")
+    assert len(first) == 2 * 6 + 1
+    assert shard_bytes(tmp_path / "out1") == first
+    assert shard_bytes(tmp_path / "out2") == first
+
+
+def test_samples_are_shuffled_within_their_split_by_the_seed(photos: Path, tmp_path: Path) -> None:
+    def keys(name: str, *options: object) -> list[str]:
+        run(*table_arguments(photos), "--out", tmp_path / name, *options)
+        split = ShardSet.open(tmp_path / name).split("train")
+        return [split.key(position) for position in range(len(split))]
+
+    in_order = keys("ordered", "--keep-order")
+    assert in_order == [f"a/{n:03d}" if n % 2 else f"{n:03d}" for n in range(40)]
+    assert in_order != keys("zero") != keys("one", "--seed", 1)
+    assert sorted(in_order) == sorted(keys("again", "--seed", 1))
+
+
+def test_a_folder_with_texts_beside_its_images(photos: Path, tmp_path: Path) -> None:
+    for path in (tmp_path / "pairs.csv", photos / ".hidden.png"):
+        path.write_bytes(b"not to be read")
+    for number in range(0, 40, 2):
+        (photos / f"{number:03d}.txt").write_text(f"\ufeffphoto {number}\n", encoding="utf-8")
+    for number in range(1, 40, 2):
+        fields = {"text": ["one", f"two {number}"], "split": "val" if number > 30 else "train", "unit": number // 10}
+        (photos / f"a/{number:03d}.jpg.json").write_text(json.dumps(fields))
+    out = tmp_path / "out"
+    run(photos, "--out", out, "--unit-column", "unit", "--workers", 0)
+    split = ShardSet.open(out).split("train")
+    samples = {sample.key: sample for sample in map(split.read, range(len(split)))}
+    assert len(samples) == 40
+    assert (samples["002"].texts, samples["002"].fields) == (["photo 2"], {})
+    assert samples["a/035"].texts == ["one", "two 35"]
+    assert samples["a/035"].fields == {"split": "val", "unit": "3"}
+
+
+def test_splits_from_a_column(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = pd.read_csv(tmp_path / "pairs.csv")
+    table["fold"] = ["train"] * 19 + ["val"] * 20 + ["a b"]  # patient p9 lies in both
+    table.to_csv(tmp_path / "pairs.csv", index=False)
+    run(*table_arguments(photos), "--out", tmp_path / "out", "--split-column", "fold", "--unit-column", "patient")
+    sets = ShardSet.open(tmp_path / "out")
+    assert {name: len(sets.split(name)) for name in sets.manifest.splits} == {"train": 19, "val": 20}
+    assert [row["reason"] for row in rejected_rows(tmp_path / "out")] == [
+        "split 'a b' is not a name of letters, digits, _ and -"
+    ]
+    assert "warning: 1 unit in more than one split" in capsys.readouterr().out
+
+
+def test_rows_with_the_same_image_merge_only_when_asked_to(photos: Path, tmp_path: Path) -> None:
+    rows = [f"{number:03d}.png,caption {n} of {number}" for n in range(3) for number in (0, 2)]
+    (tmp_path / "pairs.csv").write_text("file,caption\n" + "\n".join([*rows, rows[0]]))
+    with pytest.raises(UserError, match="duplicate key 000"):
+        run(*table_arguments(photos), "--out", tmp_path / "out")
+    run(*table_arguments(photos), "--out", tmp_path / "out", "--merge-captions", "--keep-order")
+    sample = ShardSet.open(tmp_path / "out").split("train").read(1)
+    assert sample.texts == ["caption 0 of 2", "caption 1 of 2", "caption 2 of 2"]
+
+
+# Pairs that cannot be packed
+
+
+def test_rows_that_cannot_be_packed_are_listed_with_reasons(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = encoded(picture(9, (90, 90)), "JPEG")
+    (photos / "a/001.jpg").write_bytes(whole[: len(whole) // 2])
+    (photos / "002.png").write_bytes(b"")
+    (photos / "004.png").write_bytes(b"<html>not found</html>")
+    (photos / "006.png").unlink()
+    (photos / "008.png").write_bytes(encoded(picture(size=(120, 120))))
+    (photos / "010.jpg").write_bytes(encoded(picture(), "JPEG"))
+    lines = (tmp_path / "pairs.csv").read_text(encoding="utf-8-sig").splitlines()
+    lines[4] = "a/003.jpg,  ,,p1,a,3"
+    lines[6] = ",a caption,,p1,a,3"
+    (tmp_path / "pairs.csv").write_text("\n".join([*lines, "010.jpg,same key as a png,,p5,a,3"]))
+    out = tmp_path / "out"
+    run(*table_arguments(photos), "--out", out, "--max-rejected", 0.3, "--max-pixels", 10_000)
+    rows = rejected_rows(out)
+    assert {int(row["row"]): (row["key"], row["reason"].split(":")[0]) for row in rows} == {
+        2: ("a/001", "unreadable image"),
+        3: ("002", "empty file"),
+        4: ("a/003", "empty caption"),
+        5: ("004", "unreadable image"),
+        6: ("", "no image named"),
+        7: ("006", "missing image file"),
+        9: ("008", "too large"),
+        41: ("010", "duplicate key 010"),
+    }
+    assert "OSError: " in next(row["reason"] for row in rows if row["row"] == "2")
+    assert [int(row["row"]) for row in rows] == sorted(int(row["row"]) for row in rows)
+    assert rows[0]["image"] == str(photos / "a/001.jpg")
+    assert capsys.readouterr().out.splitlines()[-1] == f"rejected: 8 of 41 (19.51%), see {out / REJECTED}"
+    assert len(ShardSet.open(out).split("train")) == 33
+    assert ShardSet.open(out).manifest.notes["rejected"] == 8
+
+
+def test_too_many_rejected_is_an_error_that_names_three(photos: Path, tmp_path: Path) -> None:
+    for number in range(0, 10, 2):
+        (photos / f"{number:03d}.png").unlink()
+    out = tmp_path / "out"
+    with pytest.raises(UserError) as caught:
+        run(*table_arguments(photos), "--out", out, "--keep-order")
+    message = str(caught.value)
+    assert "3 of 40 pairs rejected so far, above the limit of 5.00%" in message
+    assert message.count("missing image file") == 3
+    assert "row 1 (" in message
+    assert "\n" not in message
+    assert not (out / MANIFEST).exists()
+    assert len(rejected_rows(out)) == 3
+    run(*table_arguments(photos), "--out", out, "--max-rejected", 0.2)  # the unfinished set is no obstacle
+    assert len(ShardSet.open(out).split("train")) == 35
+
+
+def test_nothing_to_pack_is_an_error_whatever_the_limit(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    arguments = table_arguments(photos)
+    arguments[2] = tmp_path / "empty"
+    with pytest.raises(UserError, match=r"nothing could be packed: row \d+ .*missing image file"):
+        run(*arguments, "--out", tmp_path / "out", "--max-rejected", 1)
+    assert not (tmp_path / "out" / MANIFEST).exists()
+    with pytest.raises(UserError, match="there were no pairs"):
+        pack_pairs({"train": []}, tmp_path / "none", quiet=True)
+
+
+def test_a_shrunken_list_of_rejected_pairs_replaces_the_old_one(photos: Path, tmp_path: Path) -> None:
+    (photos / "000.png").rename(photos / "away")
+    run(*table_arguments(photos), "--out", tmp_path / "out")
+    assert len(rejected_rows(tmp_path / "out")) == 1
+    (photos / "away").rename(photos / "000.png")
+    run(*table_arguments(photos), "--out", tmp_path / "out", "--overwrite")
+    assert not (tmp_path / "out" / REJECTED).exists()
+
+
+# Errors before any work
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--image-column", "fil"], "no column 'fil'; nearest: 'file'; its columns: file, caption, german, patient"),
+        (["--text-column", "Caption"], "no column 'Caption'; nearest: 'caption'"),
+        (["--label-column", "zzzz"], "no column 'zzzz'; its columns"),
+        (["--unit-column", "patients"], "nearest: 'patient'"),
+        (["--key-column", "id"], "no column 'id'"),
+        (["--keep-columns", "ages"], "nearest: 'age'"),
+        (["--split-column", "fold"], "no column 'fold'"),
+        (["--split", "train=0.5", "val=0.5", "--stratify-by", "diagnoses"], "nearest: 'diagnosis'"),
+        (["--images", "/nowhere"], "images /nowhere: there is no such folder"),
+        (["--split", "train=0.5", "val=0.4"], "sum to 0.9, expected 1"),
+        (["--split", "train:0.5"], "found 'train:0.5', expected NAME=FRACTION"),
+        (["--split", "train=0.5", "train=0.5"], "'train' is named twice"),
+        (["--split", "train=1", "--split-column", "age"], "exclude each other"),
+        (["--stratify-by", "age"], "needs --split"),
+        (["--side", "0"], "image side: found 0"),
+        (["--samples-per-shard", "0"], "samples per shard: found 0"),
+        (["--workers", "-1"], "--workers: found -1"),
+        (["--seed", "-1"], "--seed: found -1"),
+        (["--max-rejected", "2"], "found 2.0, expected 0 to 1"),
+        (["--license-file", "/nowhere"], "--license-file /nowhere"),
+        (["--encoding", "utf-9"], "unknown encoding: utf-9"),
+        (["--encoding", "ascii"], "not ascii .byte 0xef.; save it as UTF-8"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_is_written(
+    photos: Path, tmp_path: Path, extra: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(*table_arguments(photos), "--out", tmp_path / "out", *extra)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_output_folder_must_be_free(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a file; expected a folder"):
+        run(*table_arguments(photos), "--out", tmp_path / "pairs.csv")
+    with pytest.raises(UserError, match="cannot be written"):
+        run(*table_arguments(photos), "--out", tmp_path / "pairs.csv" / "below")
+    run(*table_arguments(photos), "--out", tmp_path / "out")
+    before = shard_bytes(tmp_path / "out")
+    with pytest.raises(UserError, match="already holds a shard set"):
+        run(*table_arguments(photos), "--out", tmp_path / "out")
+    assert shard_bytes(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_names_the_folder_and_what_is_needed(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    write, calls = ShardSetWriter.write, []
+
+    def fail_at_the_tenth(self: ShardSetWriter, *arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 10:
+            raise OSError(number, os.strerror(number))
+        write(self, *arguments)
+
+    monkeypatch.setattr(ShardSetWriter, "write", fail_at_the_tenth)
+    with pytest.raises(
+        UserError, match=r"out: no space left .* after 9 of 40 samples; the whole set needs about \d+ MiB"
+    ):
+        run(*table_arguments(photos), "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / MANIFEST).exists()
+
+
+def test_an_interrupt_leaves_no_manifest(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ShardSetWriter, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(*table_arguments(photos), "--out", tmp_path / "out", "--workers", 1)
+    assert not (tmp_path / "out" / MANIFEST).exists()
+
+
+def test_pairs_may_hold_bytes_and_repeat_no_key_across_splits(tmp_path: Path) -> None:
+    data = encoded(picture())
+    split = {"train": [Pair("a", data, ["one"]), Pair("b", data, ["two"])], "val": [Pair("a", data, ["three"])]}
+    summary = pack_pairs(split, tmp_path / "out", workers=0, max_rejected_fraction=0.5, quiet=True)
+    assert summary.samples == {"train": 2, "val": 0}
+    assert rejected_rows(tmp_path / "out") == [
+        {"row": "", "key": "a", "image": f"{len(data)} bytes", "reason": "duplicate key a"}
+    ]

@@ -35,6 +35,7 @@ REQUIRED = [
     "pyarrow>=15.0",  # Parquet
     "openpyxl>=3.1",  # XLSX
     "psutil>=5.9",
+    "threadpoolctl>=3.1",  # keeps BLAS from starting threads in packing workers; scikit-learn needs it too
 ]
 
 EXTRAS = {

@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from clipdist.model.saved import load as load
 
-__all__ = ["load", "__version__"]
+__all__ = ["__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -145,6 +145,15 @@ def gather_objects(item: Any) -> list[Any]:
     return items
 
 
+def broadcast_object(item: Any) -> Any:
+    """Rank 0's `item`, on every rank. Pickles, as `gather_objects`."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return item
+    items = [item]
+    dist.broadcast_object_list(items)
+    return items[0]
+
+
 def barrier() -> None:
     """Returns when every rank has come here."""
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,10 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
+
+UNKNOWN = "[UNK]"
+SPECIAL = ["[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]"]
+MOST_CAPTIONS = 1_000_000
 
 
 class Tokenizer:
@@ -50,20 +55,23 @@ class Tokenizer:
 
 
 def train_wordpiece(captions: Iterable[str], vocabulary: int, max_tokens: int) -> Tokenizer:
-    """A lower-casing BERT-style WordPiece with at most `vocabulary` entries, learned from `captions`.
+    """A lower-casing BERT-style WordPiece with at most `vocabulary` entries, learned from the first million `captions`.
 
     A field's own words ("carcinoma", "telangiectasia") become whole tokens, where a general vocabulary
-    breaks them into pieces. Equal captions in equal order give an equal vocabulary.
+    breaks them into pieces. Equal captions in equal order give an equal vocabulary, in every process.
     """
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    fast = FastTokenizer(models.WordPiece(unk_token="[UNK]"))
-    fast.normalizer = normalizers.BertNormalizer(lowercase=True)
-    fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    fast.decoder = decoders.WordPiece()
+    texts = list(islice(captions, MOST_CAPTIONS))
+    learner = _bert_style(models.WordPiece(unk_token=UNKNOWN))
+    # The trainer numbers the "##x" of single letters in the order of a hash map, which differs between processes, and
+    # breaks ties between merges by those numbers (tokenizers issue 1794). Named as special tokens, they get their
+    # numbers here; a fresh tokenizer around the learned vocabulary then forgets that they were special.
+    letters = sorted({letter for text in texts for letter in learner.normalizer.normalize_str(text)})
+    continuing = [f"##{letter}" for letter in letters if not letter.isspace()]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary, min_frequency=2, special_tokens=special, show_progress=False
+        vocab_size=vocabulary, min_frequency=2, special_tokens=[*SPECIAL, *continuing], show_progress=False
     )
-    fast.train_from_iterator(captions, trainer)
+    learner.train_from_iterator(texts, trainer)
+    fast = _bert_style(models.WordPiece(learner.get_vocab(), unk_token=UNKNOWN))
     fast.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         special_tokens=[(token, fast.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
@@ -71,10 +79,18 @@ def train_wordpiece(captions: Iterable[str], vocabulary: int, max_tokens: int) -
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=fast,
         pad_token="[PAD]",
-        unk_token="[UNK]",
+        unk_token=UNKNOWN,
         cls_token="[CLS]",
         sep_token="[SEP]",
         mask_token="[MASK]",
         model_max_length=max_tokens,
     )
     return Tokenizer(wrapped, max_tokens)
+
+
+def _bert_style(model: models.WordPiece) -> FastTokenizer:
+    fast = FastTokenizer(model)
+    fast.normalizer = normalizers.BertNormalizer(lowercase=True)
+    fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    fast.decoder = decoders.WordPiece()
+    return fast

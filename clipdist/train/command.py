@@ -44,6 +44,8 @@ def configure_logging() -> None:
     logging.getLogger("clipdist").setLevel(logging.INFO if who.rank == 0 else logging.WARNING)
     for noisy in ("PIL", "timm", "transformers", "torch.distributed", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    # Depthwise filters come with unusual strides; the reducer copies them, which is all that the warning says.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     warnings.filterwarnings("ignore", module=r"torch\.utils\.tensorboard|pydantic|accelerate")
 
 

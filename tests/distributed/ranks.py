@@ -13,7 +13,7 @@ from typing import Any
 
 # One process imports torch once; ranks are forked from it in milliseconds.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "clipdist.loss.contrastive", "clipdist.loss.reference"])
+_context.set_forkserver_preload(["clipdist.config", "clipdist.train.loop", "clipdist.loss.reference"])
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -60,7 +60,8 @@ def _collect(pipes: list[Any], timeout: float) -> list[Any]:
 def _rank(
     sender: Any, rendezvous: str, rank: int, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", **{key: str(n) for key, n in numbers.items()})
     import torch
     import torch.distributed as dist
 

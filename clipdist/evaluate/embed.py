@@ -1,0 +1,103 @@
+"""Both towers' features of a whole split, computed by all ranks together."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from clipdist import world
+from clipdist.data.loader import EvalPiece, EvalRows, evaluation_loader
+from clipdist.data.shards import Split
+from clipdist.data.text import Tokenizer
+from clipdist.model.dual_encoder import DualEncoder
+from clipdist.progress import progress
+
+TEXT_ROWS = 256
+
+
+@dataclass
+class Embeddings:
+    """A split's features, in the split's order. N images, M captions, D wide; float32 unit vectors."""
+
+    image_features_ND: np.ndarray
+    text_features_MD: np.ndarray
+    text_owner_M: np.ndarray  # int64: row in image_features_ND of the image that a caption belongs to
+    numbers_N: np.ndarray  # int64: the images' sample numbers in the split
+    keys: list[str]
+    texts: list[str]
+    fields: list[dict[str, Any]]
+    bad: list[tuple[int, str, str]]  # number, key and reason of each unreadable sample
+
+
+@torch.inference_mode()
+def embed_split(
+    model: DualEncoder,
+    tokenizer: Tokenizer,
+    split: Split,
+    *,
+    workers: int = 0,
+    precision: torch.dtype = torch.float32,
+    quiet: bool = False,
+) -> Embeddings:
+    """Features of every readable sample exactly once, whatever the world size. All ranks call it; all get the answer.
+
+    The model is left in the mode it was in.
+    """
+    who = world.connected()
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    rows = EvalRows(split, side=model.image.side, resize=model.image.resize, tokenizer=tokenizer)
+    loader = evaluation_loader(rows, rank=who.rank, world_size=who.world_size, workers=workers)
+    shown = progress(loader, unit="batch", description=f"embedding {split.name}", quiet=quiet or not who.is_main)
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        local = _embed_pieces(model, tokenizer, shown, device)
+    model.train(was_training)
+    parts = world.gather_objects(local)
+    return _join(parts, model.config.width)
+
+
+def _embed_pieces(
+    model: DualEncoder, tokenizer: Tokenizer, pieces: Iterable[EvalPiece], device: torch.device
+) -> dict[str, Any]:
+    found: dict[str, Any] = {name: [] for name in ("image", "text", "owners", "numbers", "samples", "bad")}
+    waiting: list[list[int]] = []
+    for piece in pieces:
+        found["bad"] += piece.bad
+        if piece.numbers:
+            found["image"].append(model.encode_image(piece.images_n3HW.to(device)).cpu())
+            found["numbers"] += piece.numbers
+            found["samples"] += [(sample.key, sample.texts, sample.fields) for sample in piece.samples]
+            found["owners"] += piece.owners
+            waiting += piece.token_ids
+        while len(waiting) >= TEXT_ROWS:
+            found["text"].append(_encode(model, tokenizer, waiting[:TEXT_ROWS], device))
+            waiting = waiting[TEXT_ROWS:]
+    if waiting:
+        found["text"].append(_encode(model, tokenizer, waiting, device))
+    for name in ("image", "text"):
+        parts = found[name]
+        found[name] = torch.cat(parts).float().numpy() if parts else np.zeros((0, model.config.width), np.float32)
+    return found
+
+
+def _encode(model: DualEncoder, tokenizer: Tokenizer, ids: list[list[int]], device: torch.device) -> torch.Tensor:
+    tokens, mask = tokenizer.pad(ids)
+    return model.encode_text(tokens.to(device), mask.to(device)).cpu()
+
+
+def _join(parts: list[dict[str, Any]], width: int) -> Embeddings:
+    numbers = np.array([number for part in parts for number in part["numbers"]], np.int64)
+    row_of = {int(number): row for row, number in enumerate(numbers)}
+    samples = [sample for part in parts for sample in part["samples"]]
+    return Embeddings(
+        image_features_ND=np.concatenate([part["image"] for part in parts]).reshape(-1, width),
+        text_features_MD=np.concatenate([part["text"] for part in parts]).reshape(-1, width),
+        text_owner_M=np.array([row_of[owner] for part in parts for owner in part["owners"]], np.int64),
+        numbers_N=numbers,
+        keys=[key for key, _, _ in samples],
+        texts=[text for _, texts, _ in samples for text in texts],
+        fields=[fields for _, _, fields in samples],
+        bad=[record for part in parts for record in part["bad"]],
+    )

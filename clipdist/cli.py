@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 
 from clipdist import __version__, world
@@ -11,6 +12,7 @@ from clipdist.errors import UserError
 VERBS = {
     "pack": ("clipdist.data.pack_command", "image-text pairs from a table or a folder -> shard set"),
     "index": ("clipdist.data.index_command", "make WebDataset tars of other tools into a shard set, in place"),
+    "verify": ("clipdist.data.verify_command", "find damage in a shard set, and leaks between its splits"),
     "plan": ("clipdist.data.plan_command", "print which samples make up the batch of a step"),
     "train": ("clipdist.train.command", "train a run from a recipe, in this process"),
     "eval": ("clipdist.evaluate.command", "score a model on a shard set: retrieval over the full gallery"),
@@ -38,12 +40,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     module.add_arguments(parser)
     try:
-        return int(module.run(parser.parse_args(words[1:])))
+        # Intermixed: overrides may stand before and after options, as in `plan RECIPE --step 3 key=value`.
+        code = int(module.run(parser.parse_intermixed_args(words[1:])))
+        sys.stdout.flush()
+        return code
     except UserError as error:
         world.report(error)
         return 2
     except BrokenPipeError:  # `clipdist plan … | head`
-        sys.stderr.close()
+        # What is still in the buffer would raise once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 

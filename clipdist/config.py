@@ -3,13 +3,16 @@
 Each part of the tree stands beside the code that reads it; this module ties them together.
 """
 
+import copy
 import difflib
+import json
+import re
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from clipdist.data.loader import DataConfig
 from clipdist.errors import UserError
@@ -31,7 +34,7 @@ class RunConfig:
     """Name of the run's folder; by default the recipe's file name."""
     runs: str = "runs"
     """Folder that holds the runs."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     small: bool = False
     """Applies the recipe's `when_small` section: the same run, shrunk to a smoke test."""
     resume: Literal["auto", "force", "never"] = "auto"
@@ -70,23 +73,46 @@ NOT_MATHS = (
 )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number. PyYAML follows YAML 1.1, which asks for 1.0e-4 and takes the rest for text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes round a text that `_Loader` would take for a number."""
+
+
+for _end in (_Loader, _Dumper):
+    _end.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
 def load_config(recipe: Path, overrides: list[str]) -> RunConfig:
     """The validated tree. `overrides` are `key=value` words, dots between levels, values in YAML.
 
-    Raises `UserError` naming file, line and nearest valid key for an unknown key, a wrong type or a syntax error.
+    Raises `UserError` naming file, line and nearest valid key for an unknown key, a wrong type or a syntax error; in
+    `when_small` too, whether it applies or not.
     """
     tree, where = _read_recipe(recipe)
-    small = tree.pop("when_small", {}) or {}
-    given = [_split_override(word) for word in overrides]
-    if any(key == "small" and value is True for key, value in given):
-        for key, value in _flatten(small).items():
-            _put(tree, key, value, "when_small")
-            where[key] = where.get(f"when_small.{key}", str(recipe))
-    for key, value in given:
-        _put(tree, key, value, f"{key}=…")
-        where[key] = "command line"
     tree.setdefault("name", recipe.stem)
-    return validate(tree, where, str(recipe))
+    small = tree.pop("when_small", None) or {}
+    if not isinstance(small, dict):
+        raise UserError(f"{where['when_small']}: when_small={small!r}: expected keys and values")
+    given = [_split_override(word) for word in overrides]
+
+    def resolved(shrunk: bool) -> RunConfig:
+        own = copy.deepcopy(tree)
+        places = {key: place for key, place in where.items() if key.split(".")[0] != "when_small"}
+        if shrunk:
+            for key, value in _flatten(small).items():
+                _put(own, places, key, value, where.get(f"when_small.{key}", str(recipe)))
+        for key, value in given:
+            _put(own, places, key, value, "command line")
+        return validate(own, places, str(recipe))
+
+    config = resolved(shrunk=False)
+    shrunk = resolved(shrunk=True) if small else config
+    return shrunk if config.small else config
 
 
 def read_config(path: Path) -> RunConfig:
@@ -97,15 +123,18 @@ def read_config(path: Path) -> RunConfig:
 
 def validate(tree: dict[str, Any], where: dict[str, str], source: str) -> RunConfig:
     """Checks types and names; `where` maps dotted keys to the place that an error should name."""
+    tree = _plain(_without_empty_sections(tree, RunConfig))
     try:
-        return TypeAdapter(RunConfig).validate_python(tree)
+        # As JSON, because only there does strict checking take a list for a tuple. Strict: 2.0 is no whole number,
+        # and true is none either.
+        return TypeAdapter(RunConfig).validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        raise UserError("\n".join(dict.fromkeys(_explain(e, where, source) for e in error.errors()))) from None
+        raise UserError("\n".join(_explain(error, tree, where, source))) from None
 
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved tree; `load_config` on it gives the same tree."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    return yaml.dump(_plain(asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
@@ -127,14 +156,18 @@ def _read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"recipe {path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: cannot be read ({error})") from None
     try:
-        node = yaml.compose(text, yaml.SafeLoader)
-        tree = yaml.safe_load(text)
+        node = yaml.compose(text, _Loader)
+        tree = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:  # control characters; the 30th of February
+        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(tree, dict) or not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}: expected keys and values, found {type(tree).__name__}")
+        raise UserError(f"{path}: expected keys and values, found {'nothing' if tree is None else repr(tree)[:80]}")
     where: dict[str, str] = {}
     _note_lines(node, "", path, where)
     return tree, where
@@ -160,19 +193,38 @@ def _split_override(word: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"{word!r}: expected key=value, such as train.epochs=5")
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
+        return key, yaml.load(value, _Loader)
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"{word!r}: the value is not valid YAML; quote it") from None
 
 
-def _put(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
+def _put(tree: dict[str, Any], where: dict[str, str], key: str, value: Any, source: str) -> None:
+    """Sets a dotted key and notes that its value, and all below it, comes from `source`."""
     *parents, last = key.split(".")
+    prefix = ""
     for name in parents:
-        below = tree.setdefault(name, {})
-        if not isinstance(below, dict):
-            raise UserError(f"{source}: {name} is {below!r}, not a section with keys below it")
-        tree = below
+        prefix = f"{prefix}.{name}" if prefix else name
+        where.setdefault(prefix, source)
+        if tree.get(name) is None:
+            tree[name] = {}
+        tree = tree[name]
+        if not isinstance(tree, dict):
+            raise UserError(f"{source}: {key}: {prefix} is {tree!r}, not a section with keys below it")
     tree[last] = value
+    for below in [known for known in where if known.startswith(f"{key}.")]:
+        del where[below]
+    where[key] = source
+
+
+def _without_empty_sections(tree: dict[str, Any], kind: Any) -> dict[str, Any]:
+    """A section whose lines are all commented out is YAML's null; here it holds its defaults."""
+    hints = get_type_hints(kind)
+    return {
+        name: _without_empty_sections(value or {}, hints[name])
+        if is_dataclass(hints.get(name)) and (value is None or isinstance(value, dict))
+        else value
+        for name, value in tree.items()
+    }
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -185,34 +237,67 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """What JSON can hold: keys are text, and so is what YAML reads as a date."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def _explain(error: Any, where: dict[str, str], source: str) -> str:
-    place = [str(part) for part in error["loc"]]
-    key = ".".join(place)
-    known = next((".".join(place[:n]) for n in range(len(place), 0, -1) if ".".join(place[:n]) in where), None)
-    origin = where[known] if known else source
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        valid = _valid_keys(place[:-1])
-        near = difflib.get_close_matches(place[-1], valid, 1, 0.5) or difflib.get_close_matches(
-            key, _all_keys(RunConfig), 1, 0.5
-        )
-        hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(valid)}"
-        return f"{origin}: unknown key {key}; {hint}"
-    if error["type"] in ("missing", "missing_argument"):
-        return f"{source}: {key} is missing and has no default"
-    return f"{origin}: {key}={error.get('input')!r}: {error['msg']}"
+def _explain(error: ValidationError, tree: dict[str, Any], where: dict[str, str], source: str) -> list[str]:
+    """One line per fault. The alternatives of a union, each of which pydantic reports, make one line."""
+    lines: list[str] = []
+    wrong: dict[str, tuple[str, list[str]]] = {}
+    for fault in error.errors():
+        place = list(fault["loc"])
+        origin = next((where[key] for key in _prefixes(place) if key in where), source)
+        key = ".".join(map(str, place))
+        if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            lines.append(f"{origin}: unknown key {key}; {_hint(place)}")
+        elif fault["type"] in ("missing", "missing_argument") and isinstance(place[-1], str):
+            lines.append(f"{origin}: {key} is missing and has no default")
+        else:
+            # Below the last key of the tree stand names of a union's alternatives, and items that a list lacks.
+            found: Any = tree
+            depth = 0
+            for part in place:
+                inside = part in found if isinstance(found, dict) else isinstance(part, int) and _has(found, part)
+                if not inside:
+                    break
+                found, depth = found[part], depth + 1
+            key = ".".join(map(str, place[:depth]))
+            message = "Too few values" if fault["type"] == "missing" else fault["msg"]
+            wrong.setdefault(key, (f"{origin}: {key}={found!r}", []))[1].append(message)
+    lines += [f"{start}: {' or '.join(dict.fromkeys(messages))}" for start, messages in wrong.values()]
+    return list(dict.fromkeys(lines))
 
 
-def _valid_keys(place: list[str]) -> list[str]:
+def _has(items: Any, number: int) -> bool:
+    return isinstance(items, list) and number < len(items)
+
+
+def _prefixes(place: list[str | int]) -> list[str]:
+    """Dotted keys from the whole place up to its first part."""
+    return [".".join(map(str, place[:n])) for n in range(len(place), 0, -1)]
+
+
+def _hint(place: list[str | int]) -> str:
+    """What to write instead of an unknown key: its likeliest spelling here, or where else a key of that name stands."""
+    last, valid, everywhere = str(place[-1]), _valid_keys(place[:-1]), _all_keys(RunConfig)
+    near = difflib.get_close_matches(last, valid, 1, 0.6) or [key for key in everywhere if key.endswith(f".{last}")]
+    if not near and len(place) == 1:
+        near = difflib.get_close_matches(last, everywhere, 1, 0.6)
+    return f"did you mean {near[0]}?" if near else f"valid here: {', '.join(valid)}"
+
+
+def _valid_keys(place: list[str | int]) -> list[str]:
     kind: Any = RunConfig
     for name in place:
-        kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
-        if kind is None:
-            return []
+        if is_dataclass(kind):
+            kind = get_type_hints(kind).get(str(name))
+        elif get_origin(kind) is tuple:
+            kind = get_args(kind)[0]
     return [f.name for f in fields(kind)] if is_dataclass(kind) else []
 
 

@@ -50,5 +50,5 @@ def _lines(items: Iterable[T], total: int | None, unit: str, description: str, e
 def _line(count: int, total: int | None, unit: str, description: str, seconds: float) -> str:
     share = f"{count:,}" if total is None else f"{count:,} of {total:,}"
     rate = count / seconds if seconds > 0 else 0.0
-    plural = unit if count == 1 and total in (None, 1) else f"{unit}s"
+    plural = unit if total == 1 else f"{unit}es" if unit.endswith("ch") else f"{unit}s"
     return f"{description or 'progress'}: {share} {plural}, {rate:,.1f}/s, {seconds:.0f} s"

@@ -7,6 +7,7 @@ Unless a docstring says otherwise, all ranks must call it, in the same order.
 import os
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,16 @@ def asked_processes() -> int:
     The launcher does not pass this on, and with some flags (`--cpu --num_processes 2`) it starts a single process
     without a word.
     """
-    for parent in psutil.Process().parents()[:3]:
+    try:
+        parents = psutil.Process().parents()[:3]
+    except psutil.Error:
+        return 0
+    for parent in parents:
         try:
             words = parent.cmdline()
         except psutil.Error:
             continue
-        if not any(Path(word).name.startswith("accelerate") for word in words[:3]) or "launch" not in words[:4]:
+        if not _launches(words):
             continue
         given = _options(words)
         if number := given.get("num_processes", ""):
@@ -64,15 +69,24 @@ def asked_processes() -> int:
         if config := given.get("config_file", ""):
             try:
                 return int(yaml.safe_load(Path(config).read_text(encoding="utf-8")).get("num_processes", 0))
-            except (OSError, yaml.YAMLError, ValueError, AttributeError):
+            except (OSError, yaml.YAMLError, ValueError, TypeError, AttributeError):
                 return 0
         return 0
     return 0
 
 
+def _launches(words: list[str]) -> bool:
+    """Whether this is `accelerate launch`, `accelerate-launch` or `python -m accelerate.commands.launch`."""
+    names = [Path(word).name for word in words[:5]]
+    return any(
+        name.startswith("accelerate") and ("launch" in name or following == "launch")
+        for name, following in pairwise([*names, ""])
+    )
+
+
 def _options(words: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in pairwise([*words, ""]):
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             found.setdefault(name.replace("-", "_"), value if equals else following)
@@ -163,7 +177,8 @@ def barrier() -> None:
 
 
 def report(error: UserError) -> None:
-    """Prints a user's error once: on rank 0, or with the rank when it is another's."""
+    """Prints a user's error once: on rank 0, or with the rank when it is another's. One line for each fault."""
     world = announced()
     where = f"rank {world.rank}: " if world.rank else ""
-    print(f"clipdist: error: {where}{error}", file=sys.stderr, flush=True)
+    for line in str(error).splitlines():
+        print(f"clipdist: error: {where}{line}", file=sys.stderr, flush=True)

@@ -3,7 +3,11 @@
 import io
 import itertools
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,21 +101,44 @@ TINY: dict[str, Any] = {
 }
 
 
+def write_recipe(folder: Path, shapes: Path, name: str = "tiny", **changes: Any) -> Path:
+    """`folder/name.yaml`, which trains on `shapes` into `folder/runs`; a double underscore in `changes` is a dot."""
+    tree = yaml.safe_load(yaml.safe_dump(TINY))
+    tree["data"]["set"], tree["runs"] = str(shapes), str(folder / "runs")
+    for key, value in changes.items():
+        section = tree
+        *parents, last = key.split("__")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def recipe(shapes: Path, tmp_path: Path) -> Callable[..., Path]:
-    """recipe(key=value …, dots written as they are in a dictionary) -> path of a YAML recipe in a folder of its own."""
+    """recipe(key=value …, dots written as double underscores) -> path of a YAML recipe in a folder of its own."""
+    return partial(write_recipe, tmp_path, shapes)
 
-    def write(name: str = "tiny", **changes: Any) -> Path:
-        tree = yaml.safe_load(yaml.safe_dump(TINY))
-        tree["data"]["set"], tree["runs"] = str(shapes), str(tmp_path / "runs")
-        for key, value in changes.items():
-            section = tree
-            *parents, last = key.split("__")
-            for parent in parents:
-                section = section.setdefault(parent, {})
-            section[last] = value
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-        return path
 
-    return write
+@dataclass(frozen=True)
+class TrainedRun:
+    """What one `clipdist train` on the shapes left and said. Tests must not change the folder."""
+
+    folder: Path
+    recipe: Path
+    shapes: Path
+    said: str
+
+
+@pytest.fixture(scope="session")
+def trained_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """A finished run with TensorBoard's files, trained by the command in a process of its own."""
+    folder = tmp_path_factory.mktemp("trained")
+    path = write_recipe(folder, shapes, log__tensorboard=True, train__epochs=4, optim__lr=5e-3)
+    command = [str(Path(sys.executable).with_name("clipdist")), "train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "", "what training says goes to standard error"
+    return TrainedRun(folder / "runs" / "tiny", path, shapes, done.stderr)

@@ -2,11 +2,12 @@
 
 import io
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
+from pydantic import AfterValidator, Field
 from torchvision.transforms.v2 import functional as tv
 
 from clipdist.data.shards import BadSample
@@ -16,33 +17,43 @@ from clipdist.settings import settings
 Image.MAX_IMAGE_PIXELS = None
 
 
+def _rising(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError("the smaller number comes first")
+    return pair
+
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Amount = Annotated[float, Field(ge=0)]
+Area = Annotated[float, Field(gt=0, le=1)]
+Ratio = Annotated[float, Field(gt=0)]
+
+
 @settings
 class AugmentConfig:
     """Random changes of a training image. Off by default but for the crop: on medical images colour and margin
     carry the diagnosis."""
 
-    crop_area: tuple[float, float] = (0.8, 1.0)
+    crop_area: Annotated[tuple[Area, Area], AfterValidator(_rising)] = (0.8, 1.0)
     """Share of the image's area that a random crop keeps, smallest and largest."""
-    crop_ratio: tuple[float, float] = (0.8, 1.25)
-    """Width over height of the crop, relative to the image's own."""
-    flip_horizontal: float = 0.0
-    """Probability."""
-    flip_vertical: float = 0.0
-    rotate_degrees: float = 0.0
+    crop_ratio: Annotated[tuple[Ratio, Ratio], AfterValidator(_rising)] = (0.8, 1.25)
+    """Width over height of the crop, relative to the image's own; as far as the area lets it fit into the image."""
+    flip_horizontal: Probability = 0.0
+    flip_vertical: Probability = 0.0
+    rotate_degrees: Amount = 0.0
     """Largest rotation either way; corners are filled with the image's border colour."""
-    brightness: float = 0.0
+    brightness: Amount = 0.0
     """Factor is drawn from 1 ± this; likewise contrast and saturation."""
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
+    contrast: Amount = 0.0
+    saturation: Amount = 0.0
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Largest shift either way, as a share of the colour circle (at most 0.5)."""
-    greyscale: float = 0.0
-    """Probability."""
-    invert: float = 0.0
+    greyscale: Probability = 0.0
+    invert: Probability = 0.0
     """Probability of a photographic negative."""
-    blur: float = 0.0
+    blur: Probability = 0.0
     """Probability of a Gaussian blur, sigma 0.1 to 1.5 pixels."""
-    noise: float = 0.0
+    noise: Amount = 0.0
     """Largest standard deviation of Gaussian noise, in grey levels of 255."""
 
 
@@ -66,8 +77,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     try:
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "I;16", "I;16B", "I;16L"):
-            wide = np.asarray(image).astype(np.uint32)
-            return Image.fromarray((wide.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+            wide = np.asarray(image).clip(0, 65535)
+            return Image.fromarray((wide >> 8).astype(np.uint8)).convert("RGB")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
@@ -130,7 +141,10 @@ def load_for_training(
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
-    quarter_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    try:
+        quarter_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except Exception as error:  # for some formats this reads the whole file
+        raise BadSample(f"unreadable image: {_line(error)}") from None
     return (height, width) if quarter_turned else (width, height)
 
 
@@ -143,6 +157,8 @@ def _crop_size(
     narrow, wide = np.log(augment.crop_ratio)
     stretch = float(np.exp(narrow + (wide - narrow) * ratio)) ** 0.5
     base_width, base_height = (min(width, height),) * 2 if mode == "crop" else (width, height)
+    # A crop that is to keep much of the image cannot be much wider or narrower: the area is kept, the ratio gives way.
+    stretch = min(max(stretch, base_height * share / height), width / (base_width * share))
     return (
         min(float(width), max(1.0, base_width * share * stretch)),
         min(float(height), max(1.0, base_height * share / stretch)),

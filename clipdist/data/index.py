@@ -1,5 +1,6 @@
 """Index and manifest for WebDataset tars of other tools, made in one pass without touching the tars."""
 
+import contextlib
 import logging
 import re
 import tarfile
@@ -20,7 +21,7 @@ from clipdist.data.shards import (
     index_path,
     write_atomically,
 )
-from clipdist.data.writer import UNFINISHED, made_by
+from clipdist.data.writer import BLOCK, UNFINISHED, made_by
 from clipdist.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,12 @@ def index_tar(path: Path) -> tuple[np.ndarray, list[str]]:
                     keys.append(key)
                     rows.append(np.zeros(1, RECORD))
                 _note(rows[-1], kind, str(extension), member, path)
+            # Python's tarfile takes a damaged header for the end; the true end is a block of zeros.
+            with open(path, "rb") as file:
+                file.seek(tar.offset)
+                end = file.read(BLOCK)
+            if end != bytes(BLOCK):
+                raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{path}: damaged tar after {len(keys)} samples ({error}); restore or repack it") from None
     return (np.concatenate(rows) if rows else np.zeros(0, RECORD)), keys
@@ -85,11 +92,9 @@ def index_folder(folder: Path, *, shown: Any = iter) -> Manifest:
         raise UserError(f"{folder}: there is no such folder")
     if (folder / UNFINISHED).exists():
         raise UserError(f"{folder}: a packing run was interrupted here; run it again instead of indexing what it left")
-    packed = [path for path in folder.glob("*.tar.zst") if not index_path(path).exists()]
+    packed = sorted(folder.glob("*.tar.zst"))
     if packed:
-        raise UserError(
-            f"{packed[0]}: a compressed tar of another tool has no index and cannot be given one; unpack it"
-        )
+        raise UserError(f"{packed[0]}: a compressed tar cannot be indexed afterwards; unpack it, or pack the set again")
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise UserError(f"{folder}: holds no .tar file")
@@ -99,7 +104,12 @@ def index_folder(folder: Path, *, shown: Any = iter) -> Manifest:
         size = path.stat().st_size
         write_atomically(index_path(path), index_bytes(records, keys, size, zstd=False))
         splits.setdefault(split_name(path.name), []).append(ShardInfo(path.name, len(keys), size, checksum_file(path)))
-    manifest = Manifest(splits, made_by=made_by(), notes={"indexed": "in place"})
+    licence, sources = "", {}
+    if (folder / MANIFEST).exists():
+        with contextlib.suppress(UserError):  # indexing is how a damaged manifest is mended
+            old = Manifest.load(folder)
+            licence, sources = old.license, old.sources
+    manifest = Manifest(splits, licence, made_by(), sources, {"indexed": "in place"})
     write_atomically(folder / MANIFEST, manifest.to_json().encode())
     return manifest
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 import xxhash
+from pydantic import NonNegativeInt, PositiveInt
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clipdist.data.images import AugmentConfig, ResizeMode, load_for_evaluation, load_for_training
@@ -18,7 +19,7 @@ from clipdist.data.order import Order, consumed_hash, sample_generator, share
 from clipdist.data.shards import BadSample, RawSample, Split
 from clipdist.data.text import Tokenizer
 from clipdist.errors import UserError
-from clipdist.settings import field, settings
+from clipdist.settings import Share, field, settings
 
 logger = logging.getLogger(__name__)
 
@@ -35,22 +36,22 @@ class DataConfig:
     train_split: str = "train"
     val_split: str = "val"
     """Split evaluated after each epoch; empty: none."""
-    lanes: int = field(default=0)
+    lanes: NonNegativeInt = field(default=0)
     """Lanes of the sample order; 0 chooses by the set's size."""
-    window: int = field(default=0)
+    window: NonNegativeInt = field(default=0)
     """Samples shuffled together within a lane; 0 chooses by the shards' size."""
     caption: Literal["random", "first"] = "random"
     """Which caption of several a training step uses."""
     groups: str = "caption"
     """Pairs that are each other's positives: equal `caption`, equal value of a named field (`label`), or `none`."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    max_image_pixels: int = 50_000_000
-    max_bad_fraction: float = 0.01
+    max_image_pixels: PositiveInt = 50_000_000
+    max_bad_fraction: Share = 0.01
     """Share of an epoch's samples that may be unreadable before the run stops."""
-    max_bad_in_a_row: int = 100
-    workers: int = 2
+    max_bad_in_a_row: NonNegativeInt = 100
+    workers: NonNegativeInt = 2
     """Loader processes per rank; 0 loads in the training process."""
-    prefetch: int = 4
+    prefetch: PositiveInt = 4
     """Pieces of work that each worker keeps ready."""
 
 
@@ -146,11 +147,11 @@ class TrainRows(Dataset[Piece | UserError]):
         images, texts, groups, keys = [], [], [], []
         bad: list[BadRecord] = []
         for row, number in enumerate(self.order.rows(epoch, step, task.start, task.stop), task.start):
-            sample, pixels, text = self._read(epoch, step, row, int(number), task.step, bad)
+            sample, pixels, text, group = self._read(epoch, step, row, int(number), task.step, bad)
             images.append(pixels)
             texts.append(text)
             keys.append(sample.key)
-            groups.append(group_of(sample, text, self.config.groups))
+            groups.append(group)
         return Piece(
             task.step,
             torch.stack(images),
@@ -162,12 +163,13 @@ class TrainRows(Dataset[Piece | UserError]):
 
     def _read(
         self, epoch: int, step: int, row: int, number: int, run_step: int, bad: list[BadRecord]
-    ) -> tuple[RawSample, torch.Tensor, str]:
-        """The sample, or the next readable one of its lane; what was passed over is appended to `bad`."""
+    ) -> tuple[RawSample, torch.Tensor, str, int]:
+        """The sample, its pixels, caption and group, or those of the next readable one of its lane; what was passed
+        over is appended to `bad`."""
         passed: list[tuple[int, str]] = []
         for attempt in range(1, self.config.max_bad_in_a_row + 2):
             try:
-                sample, pixels, text = self._prepare(epoch, number)
+                sample, pixels, text, group = self._prepare(epoch, number)
             except BadSample as error:
                 passed.append((number, str(error)))
                 number = self.order.replacement(epoch, step, row, attempt)
@@ -176,11 +178,11 @@ class TrainRows(Dataset[Piece | UserError]):
                 shard, _ = self.split.locate(lost)
                 file = self.split.shards[shard].file
                 bad.append(BadRecord(run_step, self.split.key(lost), file, reason, sample.key))
-            return sample, pixels, text
+            return sample, pixels, text, group
         shown = "; ".join(f"{self.split.key(n)}: {reason}" for n, reason in passed[:3])
         raise UserError(f"{self.split.folder}: {len(passed)} unreadable samples in a row ({shown}; …)")
 
-    def _prepare(self, epoch: int, number: int) -> tuple[RawSample, torch.Tensor, str]:
+    def _prepare(self, epoch: int, number: int) -> tuple[RawSample, torch.Tensor, str, int]:
         sample = self.split.read(number)
         if not sample.texts:
             raise BadSample("no caption")
@@ -189,7 +191,8 @@ class TrainRows(Dataset[Piece | UserError]):
         pixels = load_for_training(
             sample.image, self.side, self.resize, self.config.max_image_pixels, self.config.augment, draw
         )
-        return sample, pixels, sample.texts[choice]
+        text = sample.texts[choice]
+        return sample, pixels, text, group_of(sample, text, self.config.groups)
 
 
 def group_of(sample: RawSample, text: str, by: str) -> int:

@@ -128,7 +128,7 @@ class Manifest:
                 f"shard set {folder}: no {MANIFEST}, so it is unfinished (pack it again) "
                 f"or made by another tool (run: clipdist index {folder})"
             ) from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); pack the set again") from None
 
     @cached_property
@@ -217,7 +217,7 @@ class ShardIndex:
     def key(self, row: int) -> str:
         record = self.records[row]
         start = int(record["key_offset"])
-        return self._keys[start : start + int(record["key_size"])].tobytes().decode()
+        return self._keys[start : start + int(record["key_size"])].tobytes().decode(errors="replace")
 
 
 class ShardFile:
@@ -225,6 +225,7 @@ class ShardFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._descriptor = -1
         self.index = ShardIndex(index_path(path))
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
@@ -232,7 +233,7 @@ class ShardFile:
             raise UserError(f"{path}: named by the manifest but missing") from None
         size = os.fstat(self._descriptor).st_size
         if size != self.index.tar_bytes:
-            os.close(self._descriptor)
+            self.close()
             raise UserError(
                 f"{path}: found {size} bytes where its index expects {self.index.tar_bytes}: "
                 f"truncated, or changed after indexing (run: clipdist index {path.parent})"
@@ -252,13 +253,15 @@ class ShardFile:
         key = self.index.key(row)
         if not record["image_size"]:
             raise BadSample("no image, or an empty one")
+        if record["image_kind"] >= len(IMAGE_EXTENSIONS):
+            raise BadSample(f"image kind {record['image_kind']}, unknown to this version")
         members = [(int(record[f"{name}_offset"]), int(record[f"{name}_size"])) for name in ("image", "json", "text")]
         present = [member for member in members if member[1]]
-        start = min(offset for offset, _ in present)
+        start, end = min(offset for offset, _ in present), max(offset + size for offset, size in present)
         if self.index.zstd:
-            block, base = self._frame(int(record["frame_offset"]), int(record["frame_size"])), 0
+            block, base = self._frame(int(record["frame_offset"]), int(record["frame_size"]), end), 0
         else:
-            block, base = self._pread(start, max(o + s for o, s in present) - start), start
+            block, base = self._pread(start, end - start), start
         image, info, text = (block[o - base : o - base + s] if s else b"" for o, s in members)
         if [len(image), len(info), len(text)] != [s for _, s in members]:
             raise BadSample("shorter than its index says")
@@ -266,14 +269,23 @@ class ShardFile:
         return RawSample(key, image, IMAGE_EXTENSIONS[record["image_kind"]], texts, fields)
 
     def _pread(self, offset: int, size: int) -> bytes:
+        # Asked before reading: a damaged index may speak of many gigabytes.
+        if offset + size > self.index.tar_bytes:
+            raise BadSample(f"the shard ends at byte {self.index.tar_bytes}, its index puts this sample beyond")
         data = os.pread(self._descriptor, size, offset)
         if len(data) != size:
             raise BadSample(f"the shard ends at byte {offset + len(data)}, inside this sample")
         return data
 
-    def _frame(self, offset: int, size: int) -> bytes:
+    def _frame(self, offset: int, size: int, end: int) -> bytes:
+        """A decompressed frame, whose last member ends at byte `end` before it is padded to a tar's blocks."""
+        frame = self._pread(offset, size)
         try:
-            return zstandard.ZstdDecompressor().decompress(self._pread(offset, size))
+            # The size that a frame states is allocated before anything is checked: damaged, it may be any number.
+            found = zstandard.frame_content_size(frame)
+            if not end <= found < end + 512:
+                raise BadSample(f"damaged Zstandard frame: of {found} bytes, expected about {end}")
+            return zstandard.ZstdDecompressor().decompress(frame)
         except zstandard.ZstdError as error:
             raise BadSample(f"damaged Zstandard frame: {error}") from None
 
@@ -282,7 +294,7 @@ def _parse_texts(info: bytes, text: bytes) -> tuple[dict[str, Any], list[str]]:
     try:
         fields = json.loads(info) if info else {}
         plain = text.decode() if text else ""
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, endless digits or nesting
         raise BadSample(f"unreadable caption: {error}") from None
     if not isinstance(fields, dict):
         raise BadSample(f"unreadable caption: the JSON member holds a {type(fields).__name__}, expected an object")

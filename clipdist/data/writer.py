@@ -1,5 +1,6 @@
 """Writing shard sets: deterministic bytes, every file whole or absent, the manifest last."""
 
+import contextlib
 import errno
 import importlib.metadata
 import io
@@ -33,6 +34,7 @@ from clipdist.errors import UserError
 UNFINISHED = ".unfinished"
 BLOCK = 512
 END_OF_ARCHIVE = b"\0" * (2 * BLOCK)
+LONGEST_KEY = 4096  # bytes; what file systems take for a path, far below the index's 16 bits
 
 
 def made_by(command: list[str] | None = None) -> dict[str, Any]:
@@ -73,14 +75,22 @@ class ShardSetWriter:
         self._keys: set[str] = set()
 
     def __enter__(self) -> "ShardSetWriter":
+        with _disk_errors(self.folder):
+            self._clear()
+        return self
+
+    def _clear(self) -> None:
+        """An empty folder, marked as unfinished; what other tools put there stays."""
         manifest, unfinished = self.folder / MANIFEST, self.folder / UNFINISHED
         if manifest.exists() and not self.overwrite:
             raise UserError(f"{self.folder}: already holds a shard set; choose another folder or pass --overwrite")
         self.folder.mkdir(parents=True, exist_ok=True)
-        leftovers = [path for path in self.folder.iterdir() if _is_ours(path)]
-        if leftovers and not (manifest.exists() or unfinished.exists()):
+        leftovers = sorted(path for path in self.folder.iterdir() if _is_ours(path))
+        named = _named_files(manifest)
+        foreign = [path for path in leftovers if named is not None and path.name.removesuffix(".partial") not in named]
+        if foreign and not unfinished.exists():
             raise UserError(
-                f"{self.folder}: holds {leftovers[0].name} that no manifest names; choose an empty folder, "
+                f"{self.folder}: holds {foreign[0].name} that no manifest names; choose an empty folder, "
                 f"or run: clipdist index {self.folder}"
             )
         # The marker first: from here on until the new manifest stands, whatever lies here is unfinished.
@@ -88,7 +98,6 @@ class ShardSetWriter:
         manifest.unlink(missing_ok=True)
         for path in leftovers:
             path.unlink()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -113,10 +122,15 @@ class ShardSetWriter:
         extension = extension.lower().lstrip(".")
         if extension not in IMAGE_EXTENSIONS:
             raise UserError(f"{key}: image extension {extension!r}, expected one of {', '.join(IMAGE_EXTENSIONS)}")
-        if "." in key.rsplit("/", 1)[-1] or key.startswith("/") or ".." in key.split("/") or not key:
-            raise UserError(f"key {key!r}: expected a relative name without dots (a dot starts the extension in a tar)")
+        _check_key(key)
         if key in self._keys:
             raise UserError(f"key {key!r} is used twice; keys must be unique in a shard set")
+        if not split or "/" in split or "\0" in split:
+            raise UserError(f"split {split!r}: expected a name that can begin a file's name")
+        try:
+            info = json.dumps(fields, ensure_ascii=False, sort_keys=True).encode()
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{key}: its fields cannot be written as JSON in UTF-8 ({error})") from None
         self._keys.add(key)
         if split not in self._manifest.splits:
             self._manifest.splits[split] = []
@@ -126,7 +140,7 @@ class ShardSetWriter:
                 suffix = ".tar.zst" if self.zstd else ".tar"
                 self._open[split] = _OpenShard(self.folder / f"{split}-{number:06d}{suffix}", self.zstd)
             shard = self._open[split]
-            shard.append(key, image, extension, json.dumps(fields, ensure_ascii=False, sort_keys=True).encode())
+            shard.append(key, image, extension, info)
             if len(shard.keys) >= self.samples_per_shard:
                 self.close_shard(split)
 
@@ -134,6 +148,30 @@ class ShardSetWriter:
         """Finishes the split's open shard, if any; the next `write` starts another."""
         if split in self._open:
             self._manifest.splits[split].append(self._open.pop(split).finish())
+
+
+def _check_key(key: str) -> None:
+    *folders, last = key.split("/")
+    if "." in last or ".." in folders or key.startswith("/") or not last or "\0" in key:
+        raise UserError(f"key {key!r}: expected a relative name without dots (a dot starts the extension in a tar)")
+    try:
+        size = len(key.encode())
+    except UnicodeEncodeError as error:
+        raise UserError(f"key {key!r}: cannot be written in UTF-8 ({error.reason})") from None
+    if size > LONGEST_KEY:
+        raise UserError(f"key {key[:40]!r}…: found {size} bytes, expected at most {LONGEST_KEY}")
+
+
+def _named_files(manifest: Path) -> set[str] | None:
+    """Shards that a manifest names, and their indexes, whatever its version; None when it is beyond reading."""
+    if not manifest.exists():
+        return set()
+    try:
+        splits = json.loads(manifest.read_bytes())["splits"].values()
+        files = [Path(shard["file"]) for split in splits for shard in split["shards"]]
+        return {path.name for path in files} | {index_path(path).name for path in files}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _is_ours(path: Path) -> bool:
@@ -152,6 +190,8 @@ class _disk_errors:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{self.folder}: no space left on this disk; free some or choose another folder") from error
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            raise UserError(f"{self.folder}: cannot be written, a file stands there or above it") from error
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"{self.folder}: cannot be written ({error.strerror})") from error
 
@@ -207,5 +247,6 @@ class _OpenShard:
         return ShardInfo(self.path.name, len(self.keys), self.position, self._hasher.hexdigest())
 
     def abandon(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # on a full disk, closing tries once more to write what is buffered
+            self._file.close()
         self._temporary.unlink(missing_ok=True)

@@ -6,11 +6,12 @@ Prints a table; writes JSON and plots beside the model's run (or into --out), an
 import argparse
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 from clipdist.data.shards import ShardSet, Split, write_atomically
-from clipdist.errors import UserError
+from clipdist.errors import UserError, disk_errors
 from clipdist.train.command import configure_logging
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     configure_logging()
+    check(args)
     # Missing data should be named before a model is loaded.
     split = ShardSet.open(args.data).split(args.split)
     from clipdist.evaluate.embed import embed_split
@@ -51,6 +53,30 @@ def run(args: argparse.Namespace) -> int:
     for path in evaluation.write():
         print(path)
     return 0
+
+
+def out_folder(args: argparse.Namespace) -> Path:
+    folder: Path = args.out or args.model.resolve().parent / "evaluation"
+    return folder
+
+
+def check(args: argparse.Namespace) -> None:
+    """`UserError` for arguments that would fail late, or in the words of another library."""
+    for name in ("bootstrap", "examples", "workers"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name}: found {getattr(args, name)}, expected 0 or more")
+    place = out_folder(args)
+    while not place.exists():
+        place = place.parent
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise UserError(f"--out {out_folder(args)}: {place} is no folder, or cannot be written; choose another")
+    if args.device:
+        import torch
+
+        try:
+            torch.zeros(1, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}; use cpu or cuda") from None
 
 
 class Evaluation:
@@ -87,10 +113,13 @@ class Evaluation:
 
     def write(self) -> list[Path]:
         """JSON, plots and, when the model lies in a run, the run's report; returns the paths."""
+        run, out = self.args.model.resolve().parent, out_folder(self.args)
+        with disk_errors(out):
+            return self._write(out, run)
+
+    def _write(self, out: Path, run: Path) -> list[Path]:
         from clipdist.evaluate import plots
 
-        run = self.args.model.resolve().parent
-        out = self.args.out or run / "evaluation"
         out.mkdir(parents=True, exist_ok=True)
         name = f"{self.args.data.resolve().name}-{self.args.split}"
         paths = [out / f"{name}.json"]

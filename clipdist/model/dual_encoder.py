@@ -9,11 +9,12 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from clipdist.errors import UserError
 from clipdist.model.towers import ImageTower, ImageTowerConfig, TextTower, TextTowerConfig
-from clipdist.settings import field, settings
+from clipdist.settings import Share, field, settings
 
 logger = logging.getLogger(__name__)
 
@@ -22,11 +23,11 @@ logger = logging.getLogger(__name__)
 class ProjectionConfig:
     kind: Literal["linear", "mlp"] = "linear"
     """mlp: two layers with a GELU between, as ConVIRT has."""
-    hidden: int = 0
+    hidden: NonNegativeInt = 0
     """Width between the two layers; 0: the joint width."""
     layer_norm: bool = False
     """Normalises the tower's features first."""
-    dropout: float = 0.0
+    dropout: Share = 0.0
 
 
 @settings
@@ -44,7 +45,7 @@ class TemperatureConfig:
 class ModelConfig:
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
-    width: int = 512
+    width: PositiveInt = 512
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
     temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
 

@@ -44,18 +44,20 @@ def stage_of(stages: tuple[StageConfig, ...], epoch: int) -> StageConfig:
 def apply_stage(model: DualEncoder, stage: StageConfig, unused: frozenset[str]) -> None:
     """Sets `requires_grad` of every parameter; `unused` names those that never reach the output and stay frozen."""
     for prefix, tower, part in (("image", model.image, stage.image), ("text", model.text, stage.text)):
-        chosen = _chosen(tower, part)
+        used = {name for name, _ in tower.named_parameters() if f"{prefix}.{name}" not in unused}
+        chosen = _chosen(tower, part, used)
         for name, parameter in tower.named_parameters():
-            parameter.requires_grad_(name in chosen and f"{prefix}.{name}" not in unused)
+            parameter.requires_grad_(name in chosen)
     model.train(model.training)
 
 
-def _chosen(tower: ImageTower | TextTower, part: Part) -> set[str]:
+def _chosen(tower: ImageTower | TextTower, part: Part, used: set[str]) -> set[str]:
     if part == "none" or part == 0:
         return set()
     if part == "all":
-        return {name for name, _ in tower.named_parameters()}
-    blocks = tower.blocks()
+        return used
+    # A pooler that is not used must not count as the last block.
+    blocks = [names for block in tower.blocks() if (names := used.intersection(block))]
     if part < 0 or part > len(blocks):
         raise UserError(f"train.stages: {part} blocks asked for, the {type(tower).__name__} has {len(blocks)}")
     return {name for block in blocks[-part:] for name in block}

@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from clipdist.data.images import fit, load_for_evaluation, to_rgb
 from clipdist.data.shards import BadSample, fsync_folder
 from clipdist.data.text import Tokenizer
-from clipdist.errors import UserError
+from clipdist.errors import UserError, disk_errors
 from clipdist.model.build import rebuild_model
 from clipdist.model.dual_encoder import DualEncoder, ModelConfig
 
@@ -40,10 +41,25 @@ ImageLike = Image.Image | str | Path | bytes
 def save_model(
     folder: Path, model: DualEncoder, tokenizer: Tokenizer, *, scores: dict[str, Any], about: dict[str, Any]
 ) -> None:
-    """Writes the folder whole or not at all, replacing what was there. `about` says what it was trained on."""
+    """Writes the folder whole or not at all, replacing what was there. `about` says what it was trained on.
+
+    Raises `UserError` when the disk is full or cannot be written.
+    """
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
+    with disk_errors(folder):
+        _write(partial, model, tokenizer, scores, about)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        fsync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(
+    partial: Path, model: DualEncoder, tokenizer: Tokenizer, scores: dict[str, Any], about: dict[str, Any]
+) -> None:
     partial.mkdir(parents=True)
     body = {
         "format": FORMAT,
@@ -60,20 +76,18 @@ def save_model(
     }
     (partial / "model.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     (partial / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    # Tied weights would be refused by safetensors; a copy of each is what a loader expects.
-    save_file({name: tensor.clone() for name, tensor in state.items()}, partial / "model.safetensors")
+    save_file({name: plain(tensor) for name, tensor in model.state_dict().items()}, partial / "model.safetensors")
     model.text.hf_config.save_pretrained(partial / "text_config")
     tokenizer.save(partial / "tokenizer")
     for path in partial.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    fsync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU in the ordinary layout: safetensors refuses shared and rearranged memory."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> "SavedModel":
@@ -97,7 +111,7 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> "Saved
         scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{folder}: not a finished model: {Path(error.filename or 'a file').name} is missing") from None
-    except (json.JSONDecodeError, KeyError, ValidationError, RuntimeError, OSError) as error:
+    except (json.JSONDecodeError, KeyError, ValidationError, RuntimeError, OSError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged model ({type(error).__name__}: {str(error).splitlines()[0]})") from None
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return SavedModel(model.to(device).eval(), tokenizer, body["about"], scores, device)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import timm
 import torch
 import transformers
+from pydantic import PositiveInt
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from timm.models._manipulate import group_with_matcher
@@ -32,7 +33,7 @@ class ImageTowerConfig:
     """`timm:<model>`: any image model of timm."""
     pretrained: bool | str = False
     """true: the weights that timm names, from the hub; a file; or `package://<python package>/<path>`."""
-    side: int = 224
+    side: PositiveInt = 224
     """Pixels along each side of the input."""
     resize: ResizeMode = "crop"
     mean: tuple[float, float, float] | None = None
@@ -42,6 +43,8 @@ class ImageTowerConfig:
     """Passed to `timm.create_model`, such as drop_path_rate."""
     batch_norm: Literal["global", "frozen"] = "global"
     """global: statistics of the global batch; frozen: the stored ones, usual when fine-tuning on small batches."""
+    channels_last: bool = False
+    """Memory layout that convolutions prefer on GPUs with mixed precision, and some of them on CPUs. Same maths."""
 
 
 @settings
@@ -49,12 +52,12 @@ class TextTowerConfig:
     name: str = "hf:bert-base-uncased"
     """`hf:<name or folder>`, `package://<python package>/<folder>`; not pretrained, also a bare type: `hf:bert`."""
     pretrained: bool = True
-    max_tokens: int = 77
+    max_tokens: PositiveInt = 77
     """Captions are cut here. Batches are padded to their longest caption, not to this."""
     pooling: Pooling = "mean"
     tokenizer: str = "model"
     """`model`: the text tower's own; `captions`: a WordPiece trained on the training split; or a name or folder."""
-    vocabulary: int = 8192
+    vocabulary: PositiveInt = 8192
     """Largest vocabulary of a tokenizer trained on captions."""
     options: dict[str, Any] = field(default_factory=dict)
     """Fields of the Hugging Face configuration, such as hidden_size or a dropout rate."""
@@ -65,7 +68,10 @@ def resolve(path: str) -> Path:
     if not path.startswith("package://"):
         return Path(path)
     package, _, inside = path.removeprefix("package://").partition("/")
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ModuleNotFoundError, ValueError):  # the parent of a dotted name is missing; an empty name
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"{path}: the Python package {package!r} is not installed")
     found = Path(next(iter(spec.submodule_search_locations))) / inside
@@ -91,6 +97,8 @@ class ImageTower(nn.Module):
             _load_weights(self.model, resolve(config.pretrained))
         natural = resolve_model_data_config(self.model)
         self.side, self.resize, self.batch_norm = config.side, config.resize, config.batch_norm
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.mean: tuple[float, ...] = tuple(config.mean or natural["mean"])
         self.std: tuple[float, ...] = tuple(config.std or natural["std"])
         for key, values in (("_mean", self.mean), ("_std", self.std)):
@@ -101,7 +109,10 @@ class ImageTower(nn.Module):
     def _measure_width(self, name: str) -> int:
         # timm's attributes for it differ between families; a picture tells the truth.
         self.model.eval()
-        shape = self(torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8)).shape
+        try:
+            shape = self(torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8)).shape
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UserError(f"model.image.side={self.side}: timm:{name} cannot take it ({first_line(error)})") from None
         self.model.train()
         if len(shape) != 2:
             raise UserError(
@@ -115,7 +126,7 @@ class ImageTower(nn.Module):
         return (images_b3HW.to(self._mean.dtype) - self._mean) / self._std
 
     def forward(self, images_b3HW: Tensor) -> Tensor:
-        features: Tensor = self.model(self.normalise(images_b3HW))
+        features: Tensor = self.model(self.normalise(images_b3HW).contiguous(memory_format=self.memory_format))
         return features
 
     def blocks(self) -> list[list[str]]:
@@ -136,10 +147,25 @@ def _create_timm(name: str, config: ImageTowerConfig, pretrained: bool) -> nn.Mo
     except TypeError as error:
         if "img_size" not in str(error):
             raise UserError(f"model.image.options: {error}") from None
+    except (OSError, RuntimeError) as error:
+        raise _not_created(name, config, error) from None
     try:
         return timm.create_model(name, **options)
     except TypeError as error:
         raise UserError(f"model.image.options: {error}") from None
+    except (OSError, RuntimeError) as error:
+        raise _not_created(name, config, error) from None
+
+
+def _not_created(name: str, config: ImageTowerConfig, error: Exception) -> UserError:
+    known = str(config.pretrained).lower() if isinstance(config.pretrained, bool) else repr(config.pretrained)
+    return UserError(f"model.image.pretrained={known}: timm:{name} cannot be made ({first_line(error)})")
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, without the pages that some libraries add."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
@@ -148,10 +174,20 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"model.image.pretrained: no file {path}") from None
-    state = state.get("state_dict", state)
+    except Exception as error:  # each reader has kinds of its own
+        raise UserError(f"model.image.pretrained: {path} cannot be read ({first_line(error)})") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict):
+        raise UserError(f"model.image.pretrained: {path} holds no dictionary of weights")
     if "_conv_stem.weight" in state:
         state = rename_lite0_keys(state)
-    result = model.load_state_dict(state, strict=False)
+    try:
+        result = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        wrong = str(error).splitlines()[1:]
+        raise UserError(
+            f"{path}: does not fit this tower: {len(wrong)} weights of another shape ({' '.join(wrong[:1]).strip()})"
+        ) from None
     heads = ("classifier", "head", "fc")
     left_over = [key for key in result.unexpected_keys if not key.startswith(heads)]
     if result.missing_keys or left_over:
@@ -186,7 +222,22 @@ class TextTower(nn.Module):
             self.model = _from_config(_new_config(config, vocabulary, pad_id))
         self.pooling: Pooling = config.pooling
         self.hf_config: Any = self.model.config
-        self.width = int(self.model(torch.zeros(1, 2, dtype=torch.long)).last_hidden_state.shape[-1])
+        self.width = self._measure_width(config.max_tokens)
+
+    @torch.no_grad()
+    def _measure_width(self, max_tokens: int) -> int:
+        # As long a caption as there may be: some towers have fewer positions than they say, and would fail mid-run.
+        token = next(number for number in range(3) if number != self.hf_config.pad_token_id)
+        self.model.eval()
+        try:
+            hidden = self.model(torch.full((1, max_tokens), token)).last_hidden_state
+        except (IndexError, RuntimeError) as error:
+            raise UserError(
+                f"model.text.max_tokens={max_tokens}: the tower cannot take so many ({first_line(error)}); set "
+                f"model.text.options.max_position_embeddings or fewer tokens"
+            ) from None
+        self.model.train()
+        return int(hidden.shape[-1])
 
     def forward(self, token_ids_bT: Tensor, attention_mask_bT: Tensor) -> Tensor:
         hidden_bTC = self.model(input_ids=token_ids_bT, attention_mask=attention_mask_bT).last_hidden_state
@@ -235,11 +286,26 @@ def _from_pretrained(config: TextTowerConfig) -> nn.Module:
     source = text_source(config)
     try:
         loaded = transformers.AutoConfig.from_pretrained(source, **config.options)
-        kind = transformers.AutoModelForTextEncoding if loaded.is_encoder_decoder else transformers.AutoModel
-        return kind.from_pretrained(source, config=loaded)
-    except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"model.text.name={config.name!r}: cannot be loaded ({first})") from None
+        _check_options(config, loaded)
+        # Published in half precision or not: what is trained is float32.
+        return _auto_model(loaded).from_pretrained(source, config=loaded, dtype=torch.float32)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.text.name={config.name!r}: cannot be loaded ({first_line(error)})") from None
+
+
+def _check_options(config: TextTowerConfig, made: transformers.PretrainedConfig) -> None:
+    known = {*type(made)().to_dict(), *made.attribute_map}
+    unknown = [key for key in config.options if key not in known]
+    if unknown:
+        raise UserError(f"model.text.options: {made.model_type} has no {', '.join(unknown)}")
+
+
+def _auto_model(config: transformers.PretrainedConfig) -> Any:
+    """The encoder alone of what has a decoder, too. A T5 encoder's own configuration no longer says that it had one."""
+    both = config.is_encoder_decoder or type(config)().is_encoder_decoder
+    return transformers.AutoModelForTextEncoding if both else transformers.AutoModel
 
 
 def _new_config(config: TextTowerConfig, vocabulary: int, pad_id: int) -> transformers.PretrainedConfig:
@@ -248,11 +314,12 @@ def _new_config(config: TextTowerConfig, vocabulary: int, pad_id: int) -> transf
     if source in transformers.CONFIG_MAPPING:
         # Without this, BERT's type starts at the size of the published model: 30,522 words and 512 positions.
         made = transformers.AutoConfig.for_model(source, **{**sizes, **config.options})
-        unknown = [key for key in config.options if key not in type(made)().to_dict()]
-        if unknown:
-            raise UserError(f"model.text.options: {source} has no {', '.join(unknown)}")
     else:
-        made = transformers.AutoConfig.from_pretrained(source, **{**sizes, **config.options})
+        try:
+            made = transformers.AutoConfig.from_pretrained(source, **{**sizes, **config.options})
+        except (OSError, ValueError) as error:
+            raise UserError(f"model.text.name={config.name!r}: cannot be loaded ({first_line(error)})") from None
+    _check_options(config, made)
     positions = getattr(made, "max_position_embeddings", None)
     if positions is not None and positions < config.max_tokens:
         raise UserError(
@@ -263,5 +330,4 @@ def _new_config(config: TextTowerConfig, vocabulary: int, pad_id: int) -> transf
 
 
 def _from_config(config: transformers.PretrainedConfig) -> nn.Module:
-    kind = transformers.AutoModelForTextEncoding if config.is_encoder_decoder else transformers.AutoModel
-    return kind.from_config(config)
+    return _auto_model(config).from_config(config, dtype=torch.float32)

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from safetensors.torch import load_file, save_file
 
 from clipdist.data.shards import checksum_file, fsync_folder, write_atomically
-from clipdist.errors import UserError
+from clipdist.errors import UserError, disk_errors
+from clipdist.model.saved import plain
 from clipdist.settings import settings
 
 logger = logging.getLogger(__name__)
@@ -29,11 +31,11 @@ LATEST = "latest"
 
 @settings
 class CheckpointConfig:
-    every_steps: int = 0
+    every_steps: NonNegativeInt = 0
     """0: not by steps."""
-    every_minutes: float = 15.0
+    every_minutes: NonNegativeFloat = 15.0
     """0: not by time."""
-    keep: int = 2
+    keep: PositiveInt = 2
     """How many of the newest stay."""
 
 
@@ -42,28 +44,42 @@ def save_checkpoint(
 ) -> Path:
     """Writes `folder/step-…` beside, syncs and renames it, then points `latest` at it and removes older ones.
 
-    One rank calls it. `state` is JSON.
+    One rank calls it. `state` is JSON. Raises `UserError` when the disk is full or cannot be written; the checkpoints
+    before it stay as they are.
     """
     target = folder / f"step-{step:08d}"
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for stale in folder.glob("step-*.partial"):  # of a run that was killed while it saved
+        shutil.rmtree(stale, ignore_errors=True)
+    try:
+        with disk_errors(folder):
+            _write(partial, step, model, optimizer, state)
+            if target.exists():  # the same step again, after a forced resume
+                shutil.rmtree(target)
+            os.replace(partial, target)
+            fsync_folder(folder)
+            write_atomically(folder / LATEST, (target.name + "\n").encode())
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in _complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def _write(
+    partial: Path, step: int, model: dict[str, torch.Tensor], optimizer: dict[str, Any], state: dict[str, Any]
+) -> None:
     partial.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().clone() for name, tensor in model.items()}, partial / "model.safetensors")
-    torch.save(optimizer, partial / "optimizer.pt")
+    save_file({name: plain(tensor) for name, tensor in model.items()}, partial / "model.safetensors")
+    with open(partial / "optimizer.pt", "wb") as file:  # given a path, torch.save hides why it failed
+        torch.save(optimizer, file)
     (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
     sums = {path.name: checksum_file(path) for path in sorted(partial.iterdir())}
     (partial / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
     for path in partial.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    if target.exists():  # the same step again, after a forced resume
-        shutil.rmtree(target)
-    os.replace(partial, target)
-    fsync_folder(folder)
-    write_atomically(folder / LATEST, (target.name + "\n").encode())
-    for old in _complete(folder)[:-keep]:
-        shutil.rmtree(old)
-    return target
+        with open(path, "rb") as written:
+            os.fsync(written.fileno())
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -38,12 +38,21 @@ def run(args: argparse.Namespace) -> int:
 
 def configure_logging() -> None:
     """Plain lines on standard error from rank 0; warnings alone from the others."""
+    import torch
+
     who = world.announced()
     name = "" if who.rank == 0 else f"rank {who.rank} "
     logging.basicConfig(format=f"%(asctime)s {name}%(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("clipdist").setLevel(logging.INFO if who.rank == 0 else logging.WARNING)
     for noisy in ("PIL", "timm", "transformers", "torch.distributed", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    # Accelerate imports DeepSpeed when it unwraps a model, and that warns about every host without a GPU.
+    if not os.environ.get("DS_ACCELERATOR") and not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
     # Depthwise filters come with unusual strides; the reducer copies them, which is all that the warning says.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     warnings.filterwarnings("ignore", module=r"torch\.utils\.tensorboard|pydantic|accelerate")
@@ -55,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m clipdist.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser)
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     try:
         return run(args)
     except UserError as error:

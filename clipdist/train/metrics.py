@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 
 from clipdist.data.shards import write_atomically
 from clipdist.settings import settings
@@ -33,7 +34,7 @@ PEAK_FLOPS = {
 
 @settings
 class LogConfig:
-    every_steps: int = 10
+    every_steps: PositiveInt = 10
     tensorboard: bool = True
 
 

@@ -1,32 +1,35 @@
 """Optimiser and learning-rate schedule."""
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from clipdist.errors import UserError
 from clipdist.model.dual_encoder import DualEncoder
-from clipdist.settings import settings
+from clipdist.settings import Share, settings
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 @settings
 class OptimConfig:
-    lr: float = 5e-4
-    image_lr_scale: float = 1.0
+    lr: NonNegativeFloat = 5e-4
+    image_lr_scale: NonNegativeFloat = 1.0
     """Multiplies `lr` for the image tower; likewise for the text tower. Projections and temperature use `lr`."""
-    text_lr_scale: float = 1.0
-    weight_decay: float = 0.1
+    text_lr_scale: NonNegativeFloat = 1.0
+    weight_decay: NonNegativeFloat = 0.1
     """On matrices; never on biases, norms and the temperature."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    eps: NonNegativeFloat = 1e-6
     schedule: Literal["cosine", "constant", "plateau"] = "cosine"
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """Linear from 0; a number of steps."""
-    min_lr_fraction: float = 0.0
+    min_lr_fraction: Share = 0.0
     """Where the cosine ends and below which the plateau does not go, as a share of `lr`."""
-    plateau_factor: float = 0.5
-    plateau_patience: int = 2
+    plateau_factor: Share = 0.5
+    plateau_patience: NonNegativeInt = 2
     """Validations without improvement before the learning rate is multiplied by `plateau_factor`."""
 
 

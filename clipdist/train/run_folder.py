@@ -15,7 +15,7 @@ import torch
 
 from clipdist import world
 from clipdist.data.shards import ShardSet, write_atomically
-from clipdist.errors import UserError
+from clipdist.errors import UserError, disk_errors
 from clipdist.train.checkpoint import newest_sound
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ class RunFolder:
 def open_run(config: "RunConfig", shard_set: ShardSet, who: world.World) -> RunFolder:
     """Creates or reopens the run's folder; all ranks call it, rank 0 writes.
 
-    Raises `UserError` when the folder holds a run whose recipe, or shard set, differs in what defines the maths.
+    Raises `UserError` when the folder holds a run whose recipe, or shard set, differs in what defines the maths, and
+    when it cannot be written.
     """
     from clipdist.config import differences, read_config, to_yaml
 
@@ -62,8 +63,9 @@ def open_run(config: "RunConfig", shard_set: ShardSet, who: world.World) -> RunF
             _check_set(folder, shard_set)
     world.barrier()  # nobody may overwrite what another rank has yet to read
     if who.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(written, to_yaml(config).encode())
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(written, to_yaml(config).encode())
     return RunFolder(folder, checkpoint)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from pydantic import NonNegativeFloat, NonNegativeInt
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -51,15 +52,15 @@ class TrainConfig:
     """Pairs per step over all ranks: each is contrasted with all the others."""
     epochs: int
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    max_grad_norm: float = 1.0
+    max_grad_norm: NonNegativeFloat = 1.0
     """0: gradients are not clipped."""
     stages: tuple[StageConfig, ...] = ()
     """What trains when; everything from the start when empty."""
     compile: bool = False
     """torch.compile for both towers."""
-    processes: int = 0
+    processes: NonNegativeInt = 0
     """How many processes the run must have; 0: as many as are launched."""
-    max_skipped_in_a_row: int = 5
+    max_skipped_in_a_row: NonNegativeInt = 5
     """Steps with a non-finite loss or gradient, which change nothing, before the run stops."""
 
 
@@ -133,7 +134,8 @@ class Trainer:
         """Made once by rank 0, kept with the run, and read back by everyone."""
         kept = self.folder.path / "tokenizer"
         complete = kept / "complete"
-        if self.world.is_main and not complete.exists():
+        # What a start without a checkpoint left may come from another recipe.
+        if self.world.is_main and not (self.folder.checkpoint and complete.exists()):
             build_tokenizer(self.config.model, training_captions(self.split)).save(kept)
             write_atomically(complete, b"")
         world.barrier()
@@ -479,7 +481,7 @@ def check(config: "RunConfig") -> None:
         raise UserError(f"evaluate.monitor={config.evaluate.monitor!r}, expected one of {', '.join(MONITORS)}")
     if config.loss.kind == "sigmoid" and config.model.temperature.bias is None:
         raise UserError("loss.kind=sigmoid needs a logit bias: set model.temperature.bias=-10")
-    if "/" in config.name or not config.name:
+    if "/" in config.name or config.name in ("", ".", ".."):
         raise UserError(f"name={config.name!r}: expected a plain folder name")
     ContrastiveLoss(**asdict(config.loss))
 

@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from clipdist.data.images import open_image, to_rgb
 from clipdist.data.shards import Split
+from clipdist.errors import UserError
 from clipdist.evaluate.embed import Embeddings
 from clipdist.evaluate.examples import draw_examples
 from clipdist.evaluate.panels import retrieval_panel
@@ -20,14 +22,14 @@ MONITORS = {"val/loss": False, "val/mean_R@1": True, "val/image_to_text/R@1": Tr
 
 @settings
 class EvaluateConfig:
-    every_epochs: int = 1
+    every_epochs: PositiveInt = 1
     monitor: str = "val/mean_R@1"
     """What decides which model is the best: val/loss, val/mean_R@1, val/image_to_text/R@1 or val/text_to_image/R@1."""
-    patience: int = 0
+    patience: NonNegativeInt = 0
     """Validations without improvement before training stops early; 0: never."""
-    min_improvement: float = 0.0
-    workers: int = 2
-    panels: int = 4
+    min_improvement: NonNegativeFloat = 0.0
+    workers: NonNegativeInt = 2
+    panels: NonNegativeInt = 4
     """Images shown in TensorBoard's retrieval panel."""
 
 
@@ -39,7 +41,10 @@ class Validation:
 
 
 def groups_of(embeddings: Embeddings, by: str) -> np.ndarray | None:
-    """int64 [N] groups of the images by `data.groups`, or None without groups."""
+    """int64 [N] groups of the images by `data.groups`, or None without groups.
+
+    Raises `UserError` when a sample lacks the field that groups it.
+    """
     from clipdist.data.loader import text_hash
 
     if by == "none":
@@ -49,7 +54,14 @@ def groups_of(embeddings: Embeddings, by: str) -> np.ndarray | None:
         for owner, text in zip(embeddings.text_owner_M, embeddings.texts, strict=True):
             texts[owner] += f"{text}\0"
         return np.array([text_hash(text) for text in texts], np.int64)
-    return np.array([text_hash(str(fields.get(by))) for fields in embeddings.fields], np.int64)
+    lacking = [key for key, fields in zip(embeddings.keys, embeddings.fields, strict=True) if by not in fields]
+    if lacking:  # taken for one group, they would all count as each other's right answers
+        known = sorted({name for fields in embeddings.fields for name in fields})
+        raise UserError(
+            f"groups={by}: {len(lacking)} of {len(embeddings.keys)} samples, such as {lacking[0]}, have no field "
+            f"{by!r}; expected caption, none or a field of every sample (there are: {', '.join(known) or 'no fields'})"
+        )
+    return np.array([text_hash(str(fields[by])) for fields in embeddings.fields], np.int64)
 
 
 def validate(

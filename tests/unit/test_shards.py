@@ -1,0 +1,585 @@
+"""Shard sets: what is written is read back, by us and by others; what is damaged is named; what is foreign stays."""
+
+import errno
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipdist.data import shards, writer
+from clipdist.data.shards import (
+    BadSample,
+    Manifest,
+    RawSample,
+    ShardFile,
+    ShardSet,
+    Split,
+    checksum_file,
+    index_path,
+    write_atomically,
+)
+from clipdist.data.writer import UNFINISHED, ShardSetWriter
+from clipdist.errors import UserError
+from tests.unit.pictures import encoded, picture
+
+PNG = encoded(picture(0))
+LONG = "folder/" * 20 + "x" * 120
+
+
+def write_set(folder: Path, samples: int = 7, per_shard: int = 3, **options: Any) -> Path:
+    """`samples` in the training split, two in the validation split."""
+    options = {"license_text": "CC0-1.0", "command": ["a test"], **options}
+    with ShardSetWriter(folder, samples_per_shard=per_shard, **options) as out:
+        for number in range(samples):
+            out.write(
+                "train", f"s{number}", encoded(picture(number)), "png", {"text": f"caption {number}", "n": number}
+            )
+        for number in range(2):
+            out.write("val", f"v{number}", PNG, "PNG", {"text": [f"één {number}", "zwei"]})
+    return folder
+
+
+def break_off(folder: Path, error: Exception, **options: Any) -> None:
+    """A packing run that dies after its second shard has begun."""
+    with ShardSetWriter(folder, samples_per_shard=2, **options) as out:
+        for number in range(3):
+            out.write("train", f"old{number}", PNG, "png", {"text": "x"})
+        raise error
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["tar", "zst"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set that tests must not change."""
+    return write_set(tmp_path_factory.mktemp("made") / "set", zstd=request.param)
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    """The same set, to be damaged."""
+    return shutil.copytree(made, tmp_path / "copy")
+
+
+def first_shard(folder: Path) -> Path:
+    return next(path for path in sorted(folder.iterdir()) if ".tar" in path.name)
+
+
+def test_every_sample_comes_back(made: Path) -> None:
+    opened = ShardSet.open(str(made))
+    assert list(opened.manifest.splits) == ["train", "val"]
+    assert [shard.samples for shard in opened.manifest.splits["train"]] == [3, 3, 1]
+    train = opened.split("train")
+    assert len(train) == 7
+    for number in range(7):
+        sample = train.read(number)
+        assert (sample.key, sample.extension, sample.texts) == (f"s{number}", "png", [f"caption {number}"])
+        assert sample.fields == {"n": number}
+        assert sample.image == encoded(picture(number))
+        assert train.key(number) == sample.key
+    assert opened.split("val").read(1).texts == ["één 1", "zwei"]
+
+
+def test_the_manifest_states_sizes_checksums_and_origin(made: Path) -> None:
+    body = json.loads((made / "manifest.json").read_text())
+    assert body["license"] == "CC0-1.0"
+    assert body["made_by"]["command"] == "'a test'"
+    assert body["splits"]["train"]["samples"] == 7
+    for split in body["splits"].values():
+        for shard in split["shards"]:
+            path = made / shard["file"]
+            assert shard["bytes"] == path.stat().st_size
+            assert shard["xxh3_64"] == checksum_file(path)
+    assert {path.name for path in made.iterdir()} == {"manifest.json"} | {
+        name
+        for split in body["splits"].values()
+        for shard in split["shards"]
+        for name in (shard["file"], index_path(made / shard["file"]).name)
+    }
+
+
+def plain_tar(shard: Path) -> io.BytesIO:
+    data = shard.read_bytes()
+    if shard.suffix == ".zst":
+        with zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True) as reader:
+            data = reader.read()
+    return io.BytesIO(data)
+
+
+def test_python_and_gnu_tar_read_a_shard(made: Path) -> None:
+    expected = [name for n in range(3) for name in (f"s{n}.png", f"s{n}.json")]
+    shard = first_shard(made)
+    with tarfile.open(fileobj=plain_tar(shard), mode="r:") as tar:
+        assert tar.getnames() == expected
+        member = tar.extractfile("s1.png")
+        assert member is not None
+        assert member.read() == encoded(picture(1))
+    if shutil.which("tar") is None or (shard.suffix == ".zst" and shutil.which("zstd") is None):
+        pytest.skip("no tar, or no zstd, on this machine")
+    words = ["tar", *(["--zstd"] if shard.suffix == ".zst" else []), "-tf", str(shard)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == expected
+    assert done.stderr == ""
+
+
+def test_webdataset_reads_a_shard(made: Path, tmp_path: Path) -> None:
+    shard = first_shard(made)
+    if shard.suffix == ".zst":
+        unpacked = tmp_path / "unpacked.tar"
+        unpacked.write_bytes(plain_tar(shard).getvalue())
+        shard = unpacked
+    read = list(webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False))
+    assert [sample["__key__"] for sample in read] == ["s0", "s1", "s2"]
+    assert read[2]["png"] == encoded(picture(2))
+    assert json.loads(read[2]["json"]) == {"text": "caption 2", "n": 2}
+
+
+@pytest.mark.parametrize("zstd", [False, True])
+def test_equal_calls_give_equal_bytes(zstd: bool, tmp_path: Path) -> None:
+    one, two = (write_set(tmp_path / name, zstd=zstd) for name in "ab")
+    assert [p.name for p in sorted(one.iterdir())] == [p.name for p in sorted(two.iterdir())]
+    for path in one.iterdir():
+        assert path.read_bytes() == (two / path.name).read_bytes(), path.name
+    assert Manifest.load(one).digest == Manifest.load(two).digest
+    assert Manifest.load(write_set(tmp_path / "c", samples=6)).digest != Manifest.load(one).digest
+
+
+def test_files_are_whole_when_they_appear_and_the_manifest_is_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    appeared: list[str] = []
+    replace = os.replace
+
+    def note(source: Any, target: Any) -> None:
+        appeared.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", note)
+    write_set(tmp_path / "set", samples=4, per_shard=3)
+    assert appeared[0] == UNFINISHED
+    assert appeared[-1] == "manifest.json"
+    for name in ("train-000000", "train-000001", "val-000000"):
+        assert appeared.index(f"{name}.idx") < appeared.index(f"{name}.tar")
+    assert not (tmp_path / "set" / UNFINISHED).exists()
+
+
+def test_an_interrupted_run_leaves_no_manifest_and_the_same_call_clears_it(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(RuntimeError, match="power cut"):
+        break_off(folder, RuntimeError("power cut"))
+    assert {path.name for path in folder.iterdir()} == {UNFINISHED, "notes.txt", "train-000000.tar", "train-000000.idx"}
+    with pytest.raises(UserError, match=r"no manifest\.json, so it is unfinished"):
+        ShardSet.open(folder)
+    (folder / "train-000001.tar.partial").write_bytes(b"left by kill -9")
+    write_set(folder, samples=2)
+    assert {path.name for path in folder.iterdir()} == {
+        *("manifest.json", "notes.txt", "train-000000.tar", "train-000000.idx", "val-000000.tar", "val-000000.idx")
+    }
+    assert ShardSet.open(folder).split("train").key(0) == "s0"
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_an_existing_set_is_replaced_only_when_asked(copy: Path) -> None:
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    with pytest.raises(UserError, match="already holds a shard set; choose another folder or pass --overwrite"):
+        write_set(copy, samples=1)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    write_set(copy, samples=1, overwrite=True)
+    assert len(ShardSet.open(copy).split("train")) == 1
+    assert not (copy / "train-000001.idx").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["photos-000001.tar", "train-000000.tar.zst", "x-000000.idx", "train-000009.tar.partial"]
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_shards_of_others_are_never_deleted(name: str, overwrite: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    if overwrite:
+        write_set(folder)
+    (folder / name).write_bytes(b"years of work")
+    with pytest.raises(UserError, match=f"holds {name} that no manifest names; choose an empty folder"):
+        write_set(folder, overwrite=overwrite)
+    assert (folder / name).read_bytes() == b"years of work"
+    assert (folder / "manifest.json").exists() == overwrite, "the set that stood there still stands"
+
+
+def test_a_set_of_another_version_can_be_overwritten(copy: Path) -> None:
+    body = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**body, "version": 0}))
+    with pytest.raises(UserError, match="pack the set again with this version"):
+        ShardSet.open(copy)
+    write_set(copy, samples=1, overwrite=True)
+    assert len(ShardSet.open(copy).split("train")) == 1
+
+
+@pytest.mark.parametrize(
+    "key", ["", "a.b", "a/b.c", "../a", "a/../b", "/a", "a/", "a\0b", "a\udc80", "k" * 70_000], ids=lambda k: k[:8]
+)
+def test_keys_that_a_tar_would_change_are_refused(key: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^key "), ShardSetWriter(tmp_path / "set") as out:
+        out.write("train", key, PNG, "png", {"text": "x"})
+
+
+@pytest.mark.parametrize("split", ["", "a/b", "../x", "a\0"])
+def test_split_names_that_are_no_file_names_are_refused(split: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^split "), ShardSetWriter(tmp_path / "set") as out:
+        out.write(split, "a", PNG, "png", {"text": "x"})
+    assert not (tmp_path / "x-000000.tar.partial").exists()
+
+
+def test_duplicate_keys_are_refused_also_across_splits(tmp_path: Path) -> None:
+    with ShardSetWriter(tmp_path / "set") as out:
+        out.write("train", "a", PNG, "png", {"text": "x"})
+        for split in ("train", "val"):
+            with pytest.raises(UserError, match="key 'a' is used twice"):
+                out.write(split, "a", PNG, "png", {"text": "x"})
+
+
+@pytest.mark.parametrize("extension", ["", "svg", "json", "jp2", "tar.png"])
+def test_odd_extensions_are_refused(extension: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected one of jpg, jpeg, png"), ShardSetWriter(tmp_path / "set") as out:
+        out.write("train", "a", PNG, extension, {"text": "x"})
+
+
+def test_a_refused_sample_does_not_use_up_its_key(tmp_path: Path) -> None:
+    with ShardSetWriter(tmp_path / "set") as out:
+        with pytest.raises(UserError, match=r"^a: .*surrogates"):
+            out.write("train", "a", PNG, "png", {"text": "\ud800"})
+        with pytest.raises(UserError, match=r"^a: .*not JSON serializable"):
+            out.write("train", "a", PNG, "png", {"text": "x", "when": object()})
+        out.write("train", "a", PNG, "png", {"text": "x"})
+    assert ShardSet.open(tmp_path / "set").split("train").read(0).texts == ["x"]
+
+
+def test_shards_hold_at_least_one_sample(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="found 0, expected at least 1"):
+        ShardSetWriter(tmp_path, samples_per_shard=0)
+
+
+# Damage
+
+
+def test_a_truncated_shard_is_named(copy: Path) -> None:
+    shard = first_shard(copy)
+    size = shard.stat().st_size
+    os.truncate(shard, size - 700)
+    with pytest.raises(UserError, match=rf"{shard.name}: found {size - 700} bytes where its index expects {size}"):
+        ShardSet.open(copy).split("train").read(0)
+
+
+def test_an_index_of_another_size_is_named(copy: Path) -> None:
+    index = index_path(first_shard(copy))
+    os.truncate(index, index.stat().st_size - 1)
+    with pytest.raises(UserError, match=rf"{index.name}: found .* expected .*run: clipdist index"):
+        ShardSet.open(copy).split("train").read(0)
+    index.write_bytes(b"\0" * 200)
+    with pytest.raises(UserError, match=r"not a shard index; run: clipdist index"):
+        ShardSet.open(copy).split("train").read(0)
+    index.write_bytes(b"short")
+    with pytest.raises(UserError, match=r"not a shard index; run: clipdist index"):
+        ShardSet.open(copy).split("train").read(0)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_missing_shard_or_index_is_named(copy: Path) -> None:
+    shard = first_shard(copy)
+    shard.rename(copy / "aside")
+    split = ShardSet.open(copy).split("train")
+    with pytest.raises(UserError, match=f"{shard.name}: named by the manifest but missing"):
+        split.read(0)
+    assert split.read(3).key == "s3"
+    index_path(shard).unlink()
+    with pytest.raises(UserError, match=r"000\.idx: the index is missing; run: clipdist index"):
+        split.read(0)
+
+
+def test_a_refused_shard_closes_its_file_once(copy: Path) -> None:
+    """A second close would hit whichever file got the same number meanwhile."""
+    shard = first_shard(copy)
+    os.truncate(shard, 100)
+    with pytest.raises(UserError, match="truncated") as caught:
+        ShardFile(shard)
+    with open(copy / "manifest.json", "rb") as other:
+        caught.value.__traceback__ = None
+        del caught
+        os.fstat(other.fileno())
+
+
+def test_an_index_of_another_shard_is_named(copy: Path) -> None:
+    shard = first_shard(copy)
+    last = shard.with_name(shard.name.replace("000000", "000002"))
+    shutil.copy(last, shard)
+    shutil.copy(index_path(last), index_path(shard))
+    with pytest.raises(UserError, match=r"its index holds 1 samples, the manifest 3; run: clipdist index"):
+        ShardSet.open(copy).split("train").read(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace('"version": 1', '"version": 2'), "version 2, expected 'clipdist-shards' version 1"),
+        (lambda text: text.replace("clipdist-shards", "other"), "found format 'other'"),
+        (lambda text: text[: len(text) // 2], r"damaged \(JSONDecodeError"),
+        (lambda text: "[]", r"damaged \(TypeError"),
+        (lambda text: text.replace('"license"', '"licence"'), r"damaged \(KeyError"),
+        (lambda text: text.replace('"samples": 3,', '"sample": 3,'), r"damaged \(TypeError"),
+        (lambda text: '{"format": "clipdist-shards", "version": 1, "splits": []}', r"damaged \(AttributeError"),
+    ],
+)
+def test_a_damaged_manifest_is_named(change: Callable[[str], str], message: str, copy: Path) -> None:
+    path = copy / "manifest.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(UserError, match=message):
+        ShardSet.open(copy)
+
+
+def test_a_manifest_that_is_no_text_is_named(copy: Path) -> None:
+    (copy / "manifest.json").write_bytes(b'{"format": "\xff\xfe"}')
+    with pytest.raises(UserError, match=r"manifest.json: damaged \(UnicodeDecodeError"):
+        ShardSet.open(copy)
+
+
+def test_a_folder_or_a_split_that_is_not_there_is_named(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no such folder"):
+        ShardSet.open(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no split 'test'; it has 'train', 'val'"):
+        ShardSet.open(made).split("test")
+
+
+def test_a_flipped_bit_in_a_zstd_frame_is_a_bad_sample(tmp_path: Path) -> None:
+    """No flip may pass as another picture; the few bits that carry nothing may leave the sample as it was."""
+    folder = write_set(tmp_path / "set", samples=1, zstd=True)
+    shard = folder / "train-000000.tar.zst"
+    sound, whole = shard.read_bytes(), ShardSet.open(folder).split("train").read(0)
+    frame = int(ShardFile(shard).index.records[0]["frame_size"])
+    places = [*range(8 * 20), *random.Random(0).sample(range(8 * 20, 8 * frame), 200)]
+    refused = 0
+    for bit in places:
+        damaged = bytearray(sound)
+        damaged[bit // 8] ^= 1 << bit % 8
+        shard.write_bytes(damaged)
+        try:
+            assert ShardSet.open(folder).split("train").read(0) == whole, f"bit {bit} changed the sample unseen"
+        except BadSample:
+            refused += 1
+    assert refused > len(places) * 0.9
+
+
+def test_a_flipped_bit_in_an_index_never_crashes_a_reader(copy: Path) -> None:
+    index = index_path(first_shard(copy))
+    sound, bits = index.read_bytes(), random.Random(1)
+    for bit in [8 * 64 + bits.randrange(8 * (len(sound) - 64)) for _ in range(300)]:
+        damaged = bytearray(sound)
+        damaged[bit // 8] ^= 1 << bit % 8
+        index.write_bytes(damaged)
+        split = ShardSet.open(copy).split("train")
+        for number in range(3):
+            with suppress(BadSample, UserError):
+                assert isinstance(split.read(number), RawSample)
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        (b'{"text": ', "unreadable caption"),
+        (b"[1]", "holds a list, expected an object"),
+        (b'{"text": 5}', "must be a string or a list of strings"),
+        (b'{"text": ["a", 5]}', "must be a string or a list of strings"),
+        (b'{"text": "\xff"}', "unreadable caption"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "unreadable caption"),
+        (b"[" * 100_000, "unreadable caption"),
+    ],
+)
+def test_an_unreadable_caption_is_a_bad_sample(info: bytes, message: str) -> None:
+    with pytest.raises(BadSample, match=message):
+        shards._parse_texts(info, b"")
+
+
+def test_captions_come_from_json_or_else_from_text() -> None:
+    assert shards._parse_texts(b'{"text": " a ", "x": 1}', b"b") == ({"x": 1}, ["a"])
+    assert shards._parse_texts(b'{"text": ["a", " ", "b"]}', b"") == ({}, ["a", "b"])
+    assert shards._parse_texts(b'{"text": ""}', b" b\n") == ({}, ["b"])
+    assert shards._parse_texts(b"", b"") == ({}, [])
+
+
+# A full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting a small file system needs rights that this machine does not give")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("size", [100, 3_000, 100_000])
+def test_a_really_full_disk_is_one_line_for_the_user(size: int, small_disk: Path) -> None:
+    """With small images the failing write comes late, out of a buffer; closing the file then fails once more."""
+    noise = np.random.default_rng(0).bytes(size)
+
+    def fill() -> None:
+        with ShardSetWriter(small_disk / "set", zstd=True) as out:
+            for number in range(700):
+                out.write("train", f"s{number}", noise, "png", {"text": "x"})
+
+    with pytest.raises(UserError, match="no space left on this disk; free some"):
+        fill()
+    assert not (small_disk / "set" / "manifest.json").exists()
+    # Space again: the same call clears the rest and succeeds.
+    write_set(small_disk / "set", samples=1)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(errno.ENOSPC, "no space left"), (errno.EDQUOT, "no space left"), (errno.EROFS, "cannot be written")],
+)
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_disk_errors_at_any_sync_are_one_line(
+    number: int, message: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = os.fsync, iter(range(1000))
+
+    def fsync(descriptor: int) -> None:
+        if next(calls) >= after:
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(UserError, match=message):
+        write_set(tmp_path / "set")
+    assert not (tmp_path / "set" / "manifest.json").exists()
+    monkeypatch.undo()
+    assert len(ShardSet.open(write_set(tmp_path / "set")).split("train")) == 7
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "set").write_text("")
+    with pytest.raises(UserError, match="set: cannot be written, a file stands there"):
+        write_set(tmp_path / "set")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_other_errors_are_left_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="boom"), writer._disk_errors(tmp_path):
+        raise OSError(errno.EIO, "boom")
+
+
+# Splits
+
+
+def test_locating_samples_across_shards(made: Path) -> None:
+    split = ShardSet.open(made).split("train")
+    assert [split.locate(n) for n in range(7)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
+    for outside in (-1, 7):
+        with pytest.raises(IndexError):
+            split.locate(outside)
+    assert len(Split(made, "none", [])) == 0
+
+
+def test_empty_shards_are_passed_over(made: Path) -> None:
+    infos = ShardSet.open(made).manifest.splits["train"]
+    empty = shards.ShardInfo("empty.tar", 0, 0, "")
+    split = Split(made, "train", [empty, infos[0], empty, empty, infos[2]])
+    assert [split.locate(n) for n in range(4)] == [(1, 0), (1, 1), (1, 2), (4, 0)]
+    assert [split.key(n) for n in range(4)] == ["s0", "s1", "s2", "s6"]
+
+
+def test_a_pickled_split_opens_its_own_files(made: Path) -> None:
+    split = ShardSet.open(made).split("train")
+    first = split.read(0)
+    copied = pickle.loads(pickle.dumps(split))
+    assert not copied._open
+    assert copied.read(0) == first
+    assert len(copied) == 7
+
+
+def test_few_shards_stay_open_and_evicted_ones_close(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", samples=12, per_shard=1)
+    split = ShardSet.open(folder).split("train")
+    split.max_open_shards = 3
+    before = len(os.listdir("/proc/self/fd"))
+    held = split.shard(0)
+    for number in [*range(12), 0, 5, 11, *range(12)]:
+        assert split.read(number).key == f"s{number}"
+        assert len(split._open) <= 3
+    # Each open shard costs three descriptors: its own and those of its two memory maps.
+    assert len(os.listdir("/proc/self/fd")) <= before + 3 * (3 + 1)
+    assert held.read(0).key == "s0", "whoever holds an evicted shard may go on reading"
+
+
+# Any key, any caption
+
+names = st.text(
+    st.characters(codec="utf-8", exclude_characters="./\0", exclude_categories=["Cs"]), min_size=1, max_size=12
+) | st.text("ab/é", min_size=101, max_size=140).filter(lambda k: not k.startswith("/") and not k.endswith("/"))
+captions = st.text(st.characters(codec="utf-8"), max_size=30)
+
+
+@given(
+    st.dictionaries(names, st.lists(captions, min_size=1, max_size=3), min_size=1, max_size=6),
+    st.booleans(),
+    st.integers(1, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_key_and_caption_survive(
+    tmp_path_factory: pytest.TempPathFactory, samples: dict[str, list[str]], zstd: bool, per_shard: int
+) -> None:
+    folder = tmp_path_factory.mktemp("any") / "set"
+    with ShardSetWriter(folder, samples_per_shard=per_shard, zstd=zstd) as out:
+        for key, texts in samples.items():
+            out.write("train", key, PNG, "png", {"text": texts, "note": texts[0]})
+    split = ShardSet.open(folder).split("train")
+    assert [split.key(n) for n in range(len(split))] == list(samples)
+    for number, (key, texts) in enumerate(samples.items()):
+        sample = split.read(number)
+        assert (sample.key, sample.image, sample.fields) == (key, PNG, {"note": texts[0]})
+        assert sample.texts == [text.strip() for text in texts if text.strip()]
+    found = [
+        name
+        for info in split.shards
+        for name in tarfile.open(fileobj=plain_tar(folder / info.file), mode="r:").getnames()  # noqa: SIM115
+    ]
+    assert found == [name for key in samples for name in (f"{key}.png", f"{key}.json")]
+
+
+def test_a_very_long_key_survives_in_every_reader(tmp_path: Path) -> None:
+    with ShardSetWriter(tmp_path / "set") as out:
+        out.write("train", LONG, PNG, "png", {"text": "x"})
+    shard = first_shard(tmp_path / "set")
+    assert ShardSet.open(tmp_path / "set").split("train").key(0) == LONG
+    read = list(webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False))
+    assert [sample["__key__"] for sample in read] == [LONG]

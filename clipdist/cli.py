@@ -4,8 +4,9 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Callable
 
-from clipdist import __version__, world
+from clipdist import __version__
 from clipdist.errors import UserError
 
 # verb: (module with `add_arguments(parser)` and `run(args) -> exit code`, what it does)
@@ -45,12 +46,28 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        world.report(error)
+        report(error)
         return 2
     except BrokenPipeError:  # `clipdist plan … | head`
         # What is still in the buffer would raise once more when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Runs a script's `main`; what the user can change ends it with one line and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        report(error)
+        sys.exit(2)
+
+
+def report(error: UserError) -> None:
+    """Prints a user's error, with the rank when it is not rank 0's."""
+    from clipdist import world  # brings torch, which takes seconds that `clipdist --help` need not wait
+
+    world.report(error)
 
 
 def usage() -> str:

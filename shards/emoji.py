@@ -19,14 +19,13 @@ Each style keeps its own licence, which the manifest gives for every shard. Abou
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import xxhash
 
+from clipdist.cli import run_script
 from clipdist.data.shards import MANIFEST, checksum_file
 from clipdist.data.writer import ShardSetWriter
-from clipdist.errors import UserError
 from clipdist.prepare.icons import Concept, IconSet, fetch_npm, join_concepts, read_openmoji, render_many
 from clipdist.progress import progress
 
@@ -168,8 +167,4 @@ def pack(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -7,10 +7,10 @@ settings finds the set and returns at once.
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
+from clipdist.cli import run_script
 from clipdist.data.pack import pack_pairs
 from clipdist.data.pack_command import add_packing_arguments, packing_options, parse_fractions
 from clipdist.data.shards import MANIFEST, Manifest
@@ -62,8 +62,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -5,13 +5,12 @@ python shards/skincap.py RAW --out data/skincap-google --table skincap_v240715.x
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from clipdist.cli import run_script
 from clipdist.data.pack import pack_pairs
 from clipdist.data.pack_command import add_packing_arguments, packing_options, parse_fractions
 from clipdist.data.tables import split_pairs
-from clipdist.errors import UserError
 from clipdist.prepare.skincap import read_skincap
 
 LICENSE = (
@@ -47,8 +46,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

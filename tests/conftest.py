@@ -3,9 +3,10 @@
 import io
 import itertools
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OF
 import torch
 
 from clipdist.data.writer import ShardSetWriter
+from clipdist.train.signals import STOP_SIGNALS
 
 torch.set_num_threads(1)
 
@@ -142,3 +144,12 @@ def trained_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Train
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == "", "what training says goes to standard error"
     return TrainedRun(folder / "runs" / "tiny", path, shapes, done.stderr)
+
+
+@pytest.fixture
+def signal_handlers() -> Iterator[None]:
+    """Training takes over signals; whoever trains within the tests' own process gives them back."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

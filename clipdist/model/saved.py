@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -30,6 +30,7 @@ from clipdist.data.text import Tokenizer
 from clipdist.errors import UserError, disk_errors
 from clipdist.model.build import rebuild_model
 from clipdist.model.dual_encoder import DualEncoder, ModelConfig
+from clipdist.model.towers import first_line
 
 FORMAT = "clipdist-model"
 FORMAT_VERSION = 1
@@ -111,8 +112,10 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> "Saved
         scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{folder}: not a finished model: {Path(error.filename or 'a file').name} is missing") from None
-    except (json.JSONDecodeError, KeyError, ValidationError, RuntimeError, OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: damaged model ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: damaged model ({type(error).__name__}: {first_line(error)})") from None
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return SavedModel(model.to(device).eval(), tokenizer, body["about"], scores, device)
 

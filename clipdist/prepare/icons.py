@@ -76,7 +76,7 @@ def _npm_pack(spec: str, path: Path) -> None:
             reason = (done.stderr or done.stdout).strip().splitlines()
             raise UserError(
                 f"npm pack {spec} failed ({reason[0] if reason else f'exit code {done.returncode}'}); "
-                f"check the network and npm's registry setting, or put the tarball at {path}"
+                f"check the network and npm's settings, or put the tarball at {path}"
             )
         made[0].replace(path)
 

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"^step-(\d{8,})$")
 LATEST = "latest"
+FILES = {"model.safetensors", "optimizer.pt", "state.json"}
 
 
 @settings
@@ -62,7 +63,10 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in _complete(folder)[:-keep]:
+    # What is newer than this step was passed over as damaged; counted among those to keep, it would push this one out.
+    complete = _complete(folder)
+    place = complete.index(target)
+    for old in [*complete[: max(0, place + 1 - keep)], *complete[place + 1 :]]:
         shutil.rmtree(old)
     return target
 
@@ -109,6 +113,8 @@ def newest_sound(folder: Path) -> Path | None:
 def _fault(path: Path) -> str | None:
     try:
         sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
+        if lacking := FILES - sums.keys():
+            return f"checksums.json does not name {', '.join(sorted(lacking))}"
         for name, expected in sums.items():
             if (found := checksum_file(path / name)) != expected:
                 return f"{name} has checksum {found}, expected {expected}"

@@ -194,6 +194,13 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(scaler)
         state["digest"] = int(state["digest"], 16)
         self.progress = Progress(**state)
+        if self.progress.step > self.total_steps:
+            raise UserError(
+                f"{self.folder.checkpoint}: step {self.progress.step}, beyond the {self.total_steps} steps of this "
+                f"recipe; set train.epochs higher, or choose another name"
+            )
+        if self.config.resume == "force" and self.progress.step < self.total_steps:
+            self.progress.finished = False  # more epochs than before, or more patience
         if self.world.is_main:
             logger.info("going on from %s", self.folder.checkpoint)
         else:
@@ -303,7 +310,9 @@ class Trainer:
         path = self.folder.path / "bad_samples.jsonl"
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] < self.progress.step]
+            # A last line without its end was torn by a kill.
+            whole = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] < self.progress.step]
             write_atomically(path, "".join(kept).encode())
 
     def log(self, values: dict[str, float]) -> dict[str, Any]:

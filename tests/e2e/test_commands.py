@@ -7,8 +7,7 @@ import math
 import os
 import re
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from clipdist import cli
 from clipdist.config import load_config, read_config
 from clipdist.data.order import consumed_hash
 from clipdist.data.shards import ShardSet
-from clipdist.train.signals import STOP_SIGNALS
 from tests.conftest import TrainedRun
 
 STEPS = 28  # 168 pairs, 24 a step, 4 epochs
@@ -42,15 +40,6 @@ def main(*words: str | Path) -> tuple[int, str]:
     with contextlib.redirect_stdout(io.StringIO()) as output:
         code = cli.main([str(word) for word in words])
     return code, output.getvalue()
-
-
-@pytest.fixture
-def signal_handlers() -> Iterator[None]:
-    """Training takes over signals; whoever trains within the tests' own process gives them back."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -124,7 +113,7 @@ def test_tensorboard_shows_the_same_numbers_a_panel_and_hyper_parameters(trained
     assert [panel.step for panel in panels] == [7, 14, 21, 28]
     picture = Image.open(io.BytesIO(panels[-1].encoded_image_string))
     assert picture.size == (panels[-1].width, panels[-1].height)
-    assert len(picture.getcolors(1 << 24)) > 50, "photographs and words, not a blank"
+    assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 50, "photographs and words, not a blank"
     assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= board.PluginTagToContent("hparams").keys()
     scores = json.loads((trained_run.folder / "model" / "scores.json").read_text(encoding="utf-8"))["val"]
     mean = (scores["image_to_text"]["R@1"]["value"] + scores["text_to_image"]["R@1"]["value"]) / 2
@@ -240,7 +229,7 @@ def test_eval_writes_scores_and_plots(evaluated: tuple[Path, str], trained_run: 
         with Image.open(run / "evaluation" / f"shapes-val-{name}.png") as plot:
             assert plot.format == "PNG"
             assert min(plot.size) > 100
-            assert plot.convert("L").getextrema()[0] < 128, "not a blank"
+            assert np.asarray(plot.convert("L")).min() < 128, "not a blank"
 
 
 def test_eval_and_report_write_a_page_that_needs_no_network(evaluated: tuple[Path, str]) -> None:

@@ -277,7 +277,7 @@ OVERRIDES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=25, deadline=None)
 @given(st.fixed_dictionaries({}, optional=OVERRIDES))
 def test_the_tree_written_down_is_the_tree_read_back(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]

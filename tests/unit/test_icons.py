@@ -446,6 +446,6 @@ def test_the_recipe_exits_with_2_and_one_line_for_a_wrong_input(recipe: ModuleTy
     command = [sys.executable, recipe.__file__, "--out", str(tmp_path / "set"), "--download-dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(recipe.__file__).parents[1])
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
+    assert done.stderr.startswith("clipdist: error: ")
     assert done.stderr.count("\n") == 1
     assert "delete the file and run again" in done.stderr

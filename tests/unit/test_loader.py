@@ -1,4 +1,4 @@
-"""Batches are the planned ones, whatever the ranks and workers, and unreadable samples are replaced alike everywhere."""
+"""Batches are the planned ones, whatever the ranks and workers; unreadable samples are replaced alike everywhere."""
 
 import time
 from collections.abc import Callable
@@ -222,7 +222,7 @@ def test_tokens_are_those_of_the_caption_that_makes_the_group(make: Make, tokeni
     assert batch.group_b is not None
     for row in range(BATCH):
         ids = batch.token_ids_bT[row][batch.attention_mask_bT[row] == 1]
-        text = tokenizer.tokenizer.decode(ids, skip_special_tokens=True)
+        text = str(tokenizer.tokenizer.decode(ids, skip_special_tokens=True))
         assert text_hash(text) == batch.group_b[row]
 
 

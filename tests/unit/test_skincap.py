@@ -159,7 +159,7 @@ def test_a_recipe_run_as_a_script_ends_with_one_line_and_code_2(tmp_path: Path) 
     command = [sys.executable, str(ROOT / "shards/skincap.py"), str(tmp_path), "--out", str(tmp_path / "out")]
     failed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert failed.returncode == 2
-    assert failed.stderr.startswith("error: ")
+    assert failed.stderr.startswith("clipdist: error: ")
     assert failed.stderr.count("\n") == 1
 
 

@@ -1,7 +1,7 @@
 """Captions -> token ids: the text tower's own tokenizer, or a WordPiece trained on the set's captions."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from clipdist.data.shards import BadSample, Split
 
 logger = logging.getLogger(__name__)
 
@@ -94,3 +96,12 @@ def _bert_style(model: models.WordPiece) -> FastTokenizer:
     fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     fast.decoder = decoders.WordPiece()
     return fast
+
+
+def captions_of(split: Split) -> Iterator[str]:
+    """Every caption of a split, in order; unreadable samples are passed over here, since the loader names them."""
+    for number in range(len(split)):
+        try:
+            yield from split.read(number).texts
+        except BadSample:
+            continue

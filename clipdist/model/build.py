@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from timm.layers import convert_sync_batchnorm
+from torch import nn
 from transformers import AutoConfig
 
 from clipdist.data.text import Tokenizer, train_wordpiece
@@ -43,3 +45,16 @@ def rebuild_model(config: ModelConfig, tokenizer: Tokenizer, text_config: Path) 
     image = ImageTower(config.image, load_pretrained=False)
     text = TextTower(config.text, vocabulary=len(tokenizer), pad_id=tokenizer.pad_id, stored=stored)
     return DualEncoder(config, image, text)
+
+
+def synchronise_batch_norm(model: DualEncoder, device: torch.device) -> DualEncoder:
+    """Batch statistics over the global batch, so that the result does not depend on the number of ranks."""
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return model
+    if device.type != "cuda":
+        raise UserError(
+            "this image tower has batch normalisation, whose statistics over several processes need GPUs; without: "
+            "set model.image.batch_norm=frozen, launch one process, or choose a tower with layer normalisation"
+        )
+    model.image.model = convert_sync_batchnorm(model.image.model)
+    return model

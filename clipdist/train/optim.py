@@ -107,3 +107,13 @@ class Schedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.plateau_factor, self.best, self.waited = state["plateau_factor"], state["best"], state["waited"]
+
+
+def gradient_norms(model: DualEncoder) -> dict[str, float]:
+    """L2 norm of the gradient of each part: image, text, and head (projections and temperature)."""
+    parts: dict[str, list[torch.Tensor]] = {"image": [], "text": [], "head": []}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            part = name.split(".")[0]
+            parts[part if part in parts else "head"].append(parameter.grad)
+    return {part: float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0 for part, grads in parts.items()}

@@ -23,18 +23,18 @@ from clipdist import settings as s
 from clipdist import world
 from clipdist.data.loader import MASK_64, Batch, TrainLoader, TrainRows
 from clipdist.data.order import Order, philox
-from clipdist.data.shards import BadSample, ShardSet, Split, write_atomically
-from clipdist.data.text import Tokenizer
+from clipdist.data.shards import ShardSet, write_atomically
+from clipdist.data.text import Tokenizer, captions_of
 from clipdist.errors import UserError
 from clipdist.evaluate.embed import embed_split
 from clipdist.loss import ContrastiveLoss
-from clipdist.model.build import build_model, build_tokenizer
+from clipdist.model.build import build_model, build_tokenizer, synchronise_batch_norm
 from clipdist.model.dual_encoder import DualEncoder
 from clipdist.model.freeze import StageConfig, apply_stage, stage_of, trainable_count, unused_parameters
 from clipdist.model.saved import save_model
 from clipdist.train.checkpoint import read_checkpoint, save_checkpoint
 from clipdist.train.metrics import MetricsWriter, memory_gib, peak_flops
-from clipdist.train.optim import Schedule, build_optimizer
+from clipdist.train.optim import Schedule, build_optimizer, gradient_norms
 from clipdist.train.run_folder import RunFolder, open_run, write_environment
 from clipdist.train.validate import MONITORS, validate
 
@@ -136,7 +136,7 @@ class Trainer:
         complete = kept / "complete"
         # What a start without a checkpoint left may come from another recipe.
         if self.world.is_main and not (self.folder.checkpoint and complete.exists()):
-            build_tokenizer(self.config.model, training_captions(self.split)).save(kept)
+            build_tokenizer(self.config.model, captions_of(self.split)).save(kept)
             write_atomically(complete, b"")
         world.barrier()
         return Tokenizer.load(kept, self.config.model.text.max_tokens)
@@ -493,37 +493,3 @@ def check(config: "RunConfig") -> None:
     if "/" in config.name or config.name in ("", ".", ".."):
         raise UserError(f"name={config.name!r}: expected a plain folder name")
     ContrastiveLoss(**asdict(config.loss))
-
-
-def training_captions(split: Split) -> Any:
-    """Every caption of a split, in order; unreadable samples are passed over here, since the loader names them."""
-    for number in range(len(split)):
-        try:
-            yield from split.read(number).texts
-        except BadSample:
-            continue
-
-
-def gradient_norms(model: DualEncoder) -> dict[str, float]:
-    """L2 norm of the gradient of each part: image, text, and head (projections and temperature)."""
-    parts: dict[str, list[torch.Tensor]] = {"image": [], "text": [], "head": []}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            part = name.split(".")[0]
-            parts[part if part in parts else "head"].append(parameter.grad)
-    return {part: float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0 for part, grads in parts.items()}
-
-
-def synchronise_batch_norm(model: DualEncoder, device: torch.device) -> DualEncoder:
-    """Batch statistics over the global batch, so that the result does not depend on the number of ranks."""
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        return model
-    if device.type != "cuda":
-        raise UserError(
-            "this image tower has batch normalisation, whose statistics over several processes need GPUs; without: "
-            "set model.image.batch_norm=frozen, launch one process, or choose a tower with layer normalisation"
-        )
-    from timm.layers import convert_sync_batchnorm
-
-    model.image.model = convert_sync_batchnorm(model.image.model)
-    return model

@@ -258,7 +258,7 @@ def test_when_small_is_checked_even_when_it_is_not_asked_for(tmp_path: Path) -> 
 
 OVERRIDES: dict[str, st.SearchStrategy[Any]] = {
     "name": st.sampled_from(["run", "1e-4", "1e5", "2026-01-01", "true", "null", "Größe", "a b", "12", "~", "0x1f"]),
-    "seed": st.integers(0, 2**63),
+    "seed": st.integers(0, 2**63 - 1),
     "small": st.booleans(),
     "optim.lr": st.floats(0, 1, exclude_min=True) | st.just(1e-300),
     "optim.betas": st.tuples(st.floats(0, 1), st.floats(0, 1)).map(list),
@@ -283,13 +283,13 @@ def test_the_tree_written_down_is_the_tree_read_back(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
 ) -> None:
     folder = tmp_path_factory.mktemp("config")
-    # JSON is YAML, and puts quotes round texts.
-    words = [f"{key}={yaml.safe_dump(value, default_flow_style=True, width=9999)}" for key, value in values.items()]
-    words = [word.removesuffix("\n").removesuffix("...").strip() for word in words]
-    config = load(folder, BASE, *[word for word in words if not word.startswith("name=")])
-    if "name" in values:
-        config = load(folder, BASE, *words[1:], f'name="{values["name"]}"')
-        assert config.name == values["name"]
+    words = []
+    for key, value in values.items():
+        text = yaml.safe_dump(value, default_flow_style=True, width=9999).removesuffix("...\n").strip()
+        # PyYAML leaves 1e5 bare, since it takes that for text; here it is a number unless quoted.
+        words.append(f'{key}="{value}"' if key == "name" else f"{key}={text}")
+    config = load(folder, BASE, *words)
+    assert config.name == values.get("name", "some")
     written = folder / "config.yaml"
     written.write_text(to_yaml(config), encoding="utf-8")
     assert read_config(written) == config

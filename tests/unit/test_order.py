@@ -101,7 +101,7 @@ def test_a_billion_samples_need_no_time_and_little_memory() -> None:
 
 
 def test_a_batch_larger_than_the_split_is_refused() -> None:
-    with pytest.raises(UserError, match="has 10 samples, fewer than train.global_batch=16"):
+    with pytest.raises(UserError, match=r"has 10 samples, fewer than train\.global_batch=16"):
         Order(np.array([10]), seed=0, global_batch=16)
 
 

@@ -32,7 +32,8 @@ def test_only_the_five_special_tokens_are_special(tokenizer: Tokenizer) -> None:
 
 def test_every_process_learns_the_same_vocabulary() -> None:
     code = (
-        "import hashlib, json; from tests.unit.test_text import CAPTIONS; from clipdist.data.text import train_wordpiece;"
+        "import hashlib, json; from tests.unit.test_text import CAPTIONS;"
+        "from clipdist.data.text import train_wordpiece;"
         "vocabulary = train_wordpiece(CAPTIONS, 120, 12).tokenizer.get_vocab();"
         "print(hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest())"
     )

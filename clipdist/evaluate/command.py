@@ -44,8 +44,6 @@ def run(args: argparse.Namespace) -> int:
 
     saved = load(args.model, args.device)
     embeddings = embed_split(saved.model, saved.tokenizer, split, workers=args.workers)
-    for _, key, reason in embeddings.bad:
-        logger.warning("left out of the gallery: %s: %s", key, reason)
     if not embeddings.keys:
         raise UserError(f"{args.data}, split {args.split}: no readable sample; run: clipdist verify {args.data}")
     evaluation = Evaluation(args, split, embeddings, saved)

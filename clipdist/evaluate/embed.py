@@ -1,5 +1,6 @@
 """Both towers' features of a whole split, computed by all ranks together."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from clipdist.data.shards import Split
 from clipdist.data.text import Tokenizer
 from clipdist.model.dual_encoder import DualEncoder
 from clipdist.progress import progress
+
+logger = logging.getLogger(__name__)
 
 TEXT_ROWS = 256
 
@@ -39,6 +42,7 @@ def embed_split(
     *,
     workers: int = 0,
     precision: torch.dtype = torch.float32,
+    max_image_pixels: int = 50_000_000,
     quiet: bool = False,
 ) -> Embeddings:
     """Features of every readable sample exactly once, whatever the world size. All ranks call it; all get the answer.
@@ -48,14 +52,19 @@ def embed_split(
     who = world.connected()
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    rows = EvalRows(split, side=model.image.side, resize=model.image.resize, tokenizer=tokenizer)
+    rows = EvalRows(
+        split, side=model.image.side, resize=model.image.resize, tokenizer=tokenizer, max_image_pixels=max_image_pixels
+    )
     loader = evaluation_loader(rows, rank=who.rank, world_size=who.world_size, workers=workers)
     shown = progress(loader, unit="batch", description=f"embedding {split.name}", quiet=quiet or not who.is_main)
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         local = _embed_pieces(model, tokenizer, shown, device)
     model.train(was_training)
-    parts = world.gather_objects(local)
-    return _join(parts, model.config.width)
+    embeddings = _join(world.gather_objects(local), model.config.width)
+    if who.is_main:
+        for _, key, reason in embeddings.bad:
+            logger.warning("%s: left out of %s: %s: %s", split.folder, split.name, key, reason)
+    return embeddings
 
 
 def _embed_pieces(

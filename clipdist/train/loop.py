@@ -56,18 +56,19 @@ def train(config: "RunConfig") -> int:
                 trainer.begin_interval()
             progress.finished = progress.finished or last
 
+        if progress.finished:
+            trainer.leave_results()  # before the checkpoint that says so: a kill in between must not lose them
         every = config.checkpoint.every_steps
         if progress.finished or stop or save or (every and progress.step % every == 0):
             trainer.save()
             clock.reset()
         if progress.finished or stop:
             break
+    trainer.close()
     if progress.finished:
-        trainer.finish()
         return FINISHED
     assert stop
     say(trainer, f"stopped on request at step {progress.step:,} with a good checkpoint; the same command goes on")
-    trainer.close()
     return STOPPED_ON_REQUEST
 
 

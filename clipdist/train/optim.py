@@ -117,3 +117,9 @@ def gradient_norms(model: DualEncoder) -> dict[str, float]:
             part = name.split(".")[0]
             parts[part if part in parts else "head"].append(parameter.grad)
     return {part: float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0 for part, grads in parts.items()}
+
+
+def moving_statistics(model: DualEncoder) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(buffer, copy of it) of every batch normalisation that is about to update its running statistics."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training]
+    return [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]

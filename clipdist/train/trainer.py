@@ -34,7 +34,7 @@ from clipdist.model.freeze import StageConfig, apply_stage, stage_of, trainable_
 from clipdist.model.saved import save_model
 from clipdist.train.checkpoint import read_checkpoint, save_checkpoint
 from clipdist.train.metrics import MetricsWriter, memory_gib, peak_flops
-from clipdist.train.optim import Schedule, build_optimizer, gradient_norms
+from clipdist.train.optim import Schedule, build_optimizer, gradient_norms, moving_statistics
 from clipdist.train.run_folder import RunFolder, open_run, write_environment
 from clipdist.train.validate import MONITORS, validate
 
@@ -233,6 +233,7 @@ class Trainer:
         # Dropout and its like: a function of seed, step and rank, so that no generator's state need be saved.
         torch.manual_seed(int(philox("step", self.config.seed, batch.step, self.world.rank).random_raw() >> 1))
         lr = self.schedule.apply(self.optimizer, batch.step)
+        statistics = moving_statistics(self.model)
         with self._count_flops():
             with self.accelerator.autocast():
                 encoded = self.engine(batch.images_b3HW, batch.token_ids_bT, batch.attention_mask_bT)
@@ -250,6 +251,9 @@ class Trainer:
             self.optimizer.step()
             if self.temperature_learns:
                 self.model.temperature.clamp()
+        if not finite:
+            for buffer, before in statistics:
+                buffer.copy_(before)
         self.optimizer.zero_grad(set_to_none=True)
         self._note_step(batch, finite)
         return {
@@ -385,6 +389,7 @@ class Trainer:
             self.val_split,
             workers=config.evaluate.workers,
             precision=PRECISIONS[config.train.precision],
+            max_image_pixels=config.data.max_image_pixels,
             quiet=True,
         )
         values: dict[str, float] = {}
@@ -404,6 +409,7 @@ class Trainer:
             values = outcome.values
             step, epoch = self.progress.step, self.epoch_of(self.progress.step - 1)
             self.writer.write(step, epoch, values)
+            self.writer.histogram("val/cosines_of_pairs", outcome.pair_cosines_M, step)
             if outcome.panel is not None:
                 self.writer.image("val/retrieval", outcome.panel, step)
             if self._improves(values):
@@ -442,7 +448,7 @@ class Trainer:
         """Starts timing anew, so that validation does not count as a slow step."""
         self.interval = Interval()
 
-    def finish(self) -> None:
+    def leave_results(self) -> None:
         """Leaves the finished model, the table of hyper-parameters and the report."""
         if self.writer:
             from clipdist.config import flat
@@ -452,11 +458,9 @@ class Trainer:
                 self.keep_model({})
             best = {} if self.progress.best is None else {self.config.evaluate.monitor: self.progress.best}
             self.writer.hyper_parameters(flat(self.config), best)
-            self.writer.close()
             path = write_report(self.folder.path)
             where = f"best at step {self.progress.best_step:,}" if best else "last step"
             logger.info("finished: model in %s (%s), report in %s", self.folder.path / "model", where, path)
-        self.close()
 
     def close(self) -> None:
         """Leaves the process group, after every rank has come this far."""

@@ -38,6 +38,7 @@ class Validation:
     values: dict[str, float]
     scores: RetrievalScores
     panel: np.ndarray | None
+    pair_cosines_M: np.ndarray  # of each caption and its own image
 
 
 def groups_of(embeddings: Embeddings, by: str) -> np.ndarray | None:
@@ -95,7 +96,8 @@ def validate(
     values["val/mean_R@1"] = (values["val/image_to_text/R@1"] + values["val/text_to_image/R@1"]) / 2
     values["val/loss"] = _loss(embeddings, group, kind, scale, bias, loss_rows)
     panel = _panel(embeddings, scores, split, group, panels, max_pixels) if panels else None
-    return Validation(values, scores, panel)
+    own_MD = embeddings.image_features_ND[embeddings.text_owner_M]
+    return Validation(values, scores, panel, (own_MD * embeddings.text_features_MD).sum(axis=1))
 
 
 def _loss(

@@ -46,6 +46,11 @@ def connected() -> World:
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
 
 
+def launcher() -> int:
+    """Process id of the torchrun or `accelerate launch` that started this rank; 0 when nobody did."""
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
 def asked_processes() -> int:
     """How many processes the command line of `accelerate launch` above this process asks for; 0 when there is none.
 

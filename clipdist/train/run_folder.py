@@ -1,15 +1,18 @@
 """The folder that one run owns: its configuration, its environment, and whether it may go on."""
 
+import errno
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import socket
 import subprocess
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +24,8 @@ from clipdist.train.checkpoint import newest_sound
 if TYPE_CHECKING:
     from clipdist.config import RunConfig
 
+LOCK = ".lock"
+LOCK_SECONDS = 60.0
 PACKAGES = [
     *("clipdist", "torch", "torchvision", "timm", "transformers", "tokenizers", "accelerate", "deepspeed"),
     *("webdataset", "safetensors", "numpy", "pillow"),
@@ -32,6 +37,8 @@ class RunFolder:
     path: Path
     checkpoint: Path | None
     """Where to go on from; None at the start."""
+    lock: IO[str] | None = field(default=None, repr=False)
+    """Held open by rank 0 for as long as the run is its own."""
 
     @property
     def checkpoints(self) -> Path:
@@ -41,14 +48,19 @@ class RunFolder:
 def open_run(config: "RunConfig", shard_set: ShardSet, who: world.World) -> RunFolder:
     """Creates or reopens the run's folder; all ranks call it, rank 0 writes.
 
-    Raises `UserError` when the folder holds a run whose recipe, or shard set, differs in what defines the maths, and
-    when it cannot be written.
+    Raises `UserError` when the folder holds a run whose recipe, or shard set, differs in what defines the maths, when
+    somebody else is training it, and when it cannot be written.
     """
     from clipdist.config import differences, read_config, to_yaml
 
     folder = config.folder
     written = folder / "config.yaml"
-    checkpoint = None
+    checkpoint, lock = None, None
+    if who.is_main:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = hold(folder)
+    world.barrier()  # until the run is ours, whoever had it may still write a checkpoint
     if written.exists():
         if config.resume == "never":
             raise UserError(f"{folder}: already holds a run; choose another name, or resume=auto to go on")
@@ -64,9 +76,36 @@ def open_run(config: "RunConfig", shard_set: ShardSet, who: world.World) -> RunF
     world.barrier()  # nobody may overwrite what another rank has yet to read
     if who.is_main:
         with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
             write_atomically(written, to_yaml(config).encode())
-    return RunFolder(folder, checkpoint)
+    return RunFolder(folder, checkpoint, lock)
+
+
+def hold(folder: Path, wait_seconds: float = LOCK_SECONDS) -> IO[str]:
+    """Makes this process the only one that trains the run in `folder`; the lock ends with the file, or the process.
+
+    Waits a while, since ranks whose launcher was killed need a step to notice; then `UserError` names the holder. A
+    POSIX record lock: shared file systems know it, and loader workers do not inherit it.
+    """
+    file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  (held open: closing it gives the lock up)
+    end = time.monotonic() + wait_seconds
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            if time.monotonic() > end:
+                file.seek(0)
+                raise UserError(
+                    f"{folder}: another process is training this run ({file.read().strip()}); stop it, or choose "
+                    f"another name"
+                ) from None
+            time.sleep(0.1)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def _check_set(folder: Path, shard_set: ShardSet) -> None:
@@ -90,7 +129,7 @@ def write_environment(
     starts: list[dict[str, Any]] = []
     if path.exists():
         starts = json.loads(path.read_text(encoding="utf-8")).get("starts", [])
-    time = datetime.now(UTC).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     body = {
         "world_size": who.world_size,
         "hosts": sorted({host for host, _ in nodes}),
@@ -110,7 +149,7 @@ def write_environment(
                 "notes": shard_set.manifest.notes,
             }
         ],
-        "starts": [*starts, {"time": time, "step": step, "world_size": who.world_size}],
+        "starts": [*starts, {"time": now, "step": step, "world_size": who.world_size}],
     }
     body |= {"clipdist": body["versions"]["clipdist"], "torch": torch.__version__}  # type: ignore[index]
     write_atomically(path, (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode())

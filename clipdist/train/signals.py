@@ -1,9 +1,12 @@
 """Asks a run to stop or to save: handlers only set a flag, which the ranks compare at the next step boundary."""
 
 import logging
+import os
 import signal
 import time
 from types import FrameType
+
+from clipdist import world
 
 logger = logging.getLogger(__name__)
 
@@ -11,16 +14,22 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """`requested` turns true once one of SIGTERM, SIGUSR1 and SIGUSR2 has arrived."""
+    """`requested` turns true once one of SIGTERM, SIGUSR1 and SIGUSR2 has arrived, or the launcher has died."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self._signalled = False
+        self._launcher = world.launcher()
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # Nothing more may happen here: a save inside a handler would run between any two operations of a step.
-        self.requested = True
+        self._signalled = True
+
+    @property
+    def requested(self) -> bool:
+        # A launcher that is killed leaves its ranks behind; they would train on beside those of the next start.
+        return self._signalled or (self._launcher != 0 and os.getppid() != self._launcher)
 
 
 class Clock:

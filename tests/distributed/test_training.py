@@ -1,7 +1,6 @@
 """A run is the same for every number of processes, and the same whether or not it was killed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from clipdist.errors import UserError
+from clipdist.train.run_folder import hold
 from tests.distributed.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -101,15 +103,13 @@ def run_to_end(processes: int, *words: str | Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def kill_after(step: int, processes: int, *words: str | Path, run: Path) -> None:
-    """Starts a run, waits until it has logged a step, and kills its whole process group at once."""
+def kill_after(step: int, processes: int, *words: str | Path, run: Path, launcher_alone: bool = False) -> None:
+    """Starts a run, waits until it has logged a step, and kills it: launcher, ranks and loader workers, or the launcher
+    alone."""
     process = subprocess.Popen(
-        command(processes, *words),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=ROOT,
-        start_new_session=True,
+        command(processes, *words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
     )
+    family = [psutil.Process(process.pid)]
     try:
         end = time.monotonic() + 120
         while not ((run / "metrics.jsonl").exists() and max(column(run, "train/loss"), default=0) >= step):
@@ -117,19 +117,39 @@ def kill_after(step: int, processes: int, *words: str | Path, run: Path) -> None
             assert time.monotonic() < end
             time.sleep(0.005)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        # Ranks are in sessions of their own, so a signal to the launcher's group would miss them.
+        family += [] if launcher_alone else family[0].children(recursive=True)
+        for one in family:
+            one.suspend()  # none may act on the death of another
+        for one in family:
+            one.kill()
         process.wait()
-    wait_for_end_of_group(process.pid)
+    _, alive = psutil.wait_procs(family[1:], timeout=20)
+    assert not alive
 
 
-def wait_for_end_of_group(group: int) -> None:
-    end = time.monotonic() + 20
-    while time.monotonic() < end:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.05)
+def test_ranks_whose_launcher_was_killed_give_the_run_back(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Otherwise they would train on, and write, beside those of the next start."""
+    path = recipe(checkpoint__every_steps=3, train__epochs=4)
+    run = tmp_path / "runs" / "tiny"
+    run_to_end(1, path, "name=whole")
+    kill_after(3, 2, path, run=run, launcher_alone=True)
+    run_to_end(2, path)
+    assert column(run, "data/digest") == column(tmp_path / "runs" / "whole", "data/digest")
+    assert len(json.loads((run / "environment.json").read_text())["starts"]) == 2
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
+    code = "import sys, time; from pathlib import Path; from clipdist.train.run_folder import hold;"
+    code += "held = hold(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"another process is training this run \(process {other.pid} on "):
+            hold(tmp_path, wait_seconds=0.5)
+        other.kill()
+    hold(tmp_path, wait_seconds=5).close()
 
 
 def test_a_signal_leaves_a_checkpoint_and_exit_code_75(recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from clipdist.errors import UserError
@@ -102,6 +101,8 @@ def write_skincap_layout(folder: Path, images: int, side: int = 224, seed: int =
     try:
         (partial / "skincap" / "not_include").mkdir(parents=True)
         rows = list(progress(_rows(partial, images, side, seed, workers), total=images, unit="phantom"))
+        import pandas as pd  # here, because every worker imports this module and none of them needs it
+
         pd.DataFrame(rows).to_csv(partial / TABLE, index=False, encoding="utf-8-sig", lineterminator="\n")
         (partial / "README.txt").write_text(README, encoding="utf-8")
         (partial / STAMP).write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")

@@ -54,7 +54,7 @@ def test_a_run_leaves_what_the_manual_lists(trained_run: TrainedRun) -> None:
     run = trained_run.folder
     names = {path.name for path in run.iterdir()}
     expected = {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "tokenizer", "checkpoints", "model"}
-    assert names == {*expected, "report.html"}, "and no bad_samples.jsonl, since all could be read"
+    assert names == {*expected, "report.html", ".lock"}, "and no bad_samples.jsonl, since all could be read"
     assert not list(run.rglob("*.partial"))
     assert not list(run.rglob("*.old"))
     checkpoints = run / "checkpoints"
@@ -140,7 +140,7 @@ def test_a_second_train_says_finished_and_changes_no_weight(
     assert f"{trained_run.folder} is finished: step {STEPS}, nothing to do" in caplog.text
     after = contents(trained_run.folder)
     for name in before:
-        if name != "environment.json":  # which counts the starts
+        if name not in ("environment.json", ".lock"):  # which count the starts, and name the latest
             assert after[name] == before[name], name
     new = {name for name in after if name not in before}
     assert all(name.startswith("tensorboard/") for name in new), new

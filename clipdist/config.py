@@ -15,6 +15,8 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from clipdist.data.loader import DataConfig
+from clipdist.data.order import Order
+from clipdist.data.shards import Split
 from clipdist.errors import UserError
 from clipdist.loss.contrastive import LossConfig
 from clipdist.model.dual_encoder import ModelConfig
@@ -52,6 +54,16 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         return Path(self.runs) / self.name
+
+    def order(self, split: Split) -> Order:
+        """Which samples make up each batch: what training follows and `clipdist plan` prints."""
+        return Order(
+            split.samples_per_shard,
+            seed=self.seed,
+            global_batch=self.train.global_batch,
+            lanes=self.data.lanes,
+            window=self.data.window,
+        )
 
 
 # Keys that may differ when a run goes on: they change where, how fast and how often, never the result.

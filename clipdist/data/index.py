@@ -1,7 +1,6 @@
 """Index and manifest for WebDataset tars of other tools, made in one pass without touching the tars."""
 
 import contextlib
-import logging
 import re
 import tarfile
 from pathlib import Path
@@ -23,8 +22,6 @@ from clipdist.data.shards import (
 )
 from clipdist.data.writer import BLOCK, UNFINISHED, made_by
 from clipdist.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 MAX_MEMBER_BYTES = (1 << 32) - 1
 

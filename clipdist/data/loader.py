@@ -3,7 +3,6 @@
 b = rows on this rank, B = rows in the global batch, T = tokens of the longest caption among the b.
 """
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from clipdist.data.shards import BadSample, RawSample, Split
 from clipdist.data.text import Tokenizer
 from clipdist.errors import UserError
 from clipdist.settings import Share, field, settings
-
-logger = logging.getLogger(__name__)
 
 # A worker prepares this many rows at a time: small enough that the first batch is there soon and that
 # all workers share a step, large enough that handing over costs nothing.

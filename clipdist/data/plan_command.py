@@ -12,19 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from clipdist.config import load_config
-    from clipdist.data.order import Order
     from clipdist.data.shards import ShardSet
     from clipdist.errors import UserError
 
     config = load_config(args.recipe, args.overrides)
     split = ShardSet.open(config.data.set).split(config.data.train_split)
-    order = Order(
-        split.samples_per_shard,
-        seed=config.seed,
-        global_batch=config.train.global_batch,
-        lanes=config.data.lanes,
-        window=config.data.window,
-    )
+    order = config.order(split)
     if args.step < 0:
         raise UserError(f"--step {args.step}: expected 0 or more")
     for number in order.batch(*divmod(args.step, order.steps_per_epoch)):

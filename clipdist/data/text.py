@@ -1,6 +1,5 @@
 """Captions -> token ids: the text tower's own tokenizer, or a WordPiece trained on the set's captions."""
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,8 +11,6 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from clipdist.data.shards import BadSample, Split
-
-logger = logging.getLogger(__name__)
 
 UNKNOWN = "[UNK]"
 SPECIAL = ["[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]"]

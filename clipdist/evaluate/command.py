@@ -5,7 +5,6 @@ Prints a table; writes JSON and plots beside the model's run (or into --out), an
 
 import argparse
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from typing import Any
 from clipdist.data.shards import ShardSet, Split, write_atomically
 from clipdist.errors import UserError, disk_errors
 from clipdist.train.command import configure_logging
-
-logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

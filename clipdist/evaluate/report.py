@@ -10,7 +10,6 @@ read.
 
 import base64
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +26,6 @@ import clipdist
 from clipdist.errors import UserError
 from clipdist.evaluate import plots
 from clipdist.evaluate.examples import CaptionExample, Example, thumbnail_uri
-
-logger = logging.getLogger(__name__)
 
 _DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 _LONGEST_LIST = 50

@@ -3,7 +3,6 @@
 b = rows, T = tokens, C = width of a tower, D = width of the joint embedding.
 """
 
-import logging
 import math
 from typing import Literal, NamedTuple
 
@@ -15,8 +14,6 @@ from torch import Tensor, nn
 from clipdist.errors import UserError
 from clipdist.model.towers import ImageTower, ImageTowerConfig, TextTower, TextTowerConfig
 from clipdist.settings import Share, field, settings
-
-logger = logging.getLogger(__name__)
 
 
 @settings

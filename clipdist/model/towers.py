@@ -4,7 +4,6 @@ b = rows, T = tokens, C = width of a tower's output.
 """
 
 import importlib.util
-import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +20,6 @@ from clipdist.data.images import ResizeMode
 from clipdist.errors import UserError
 from clipdist.model.rename import rename_lite0_keys
 from clipdist.settings import field, settings
-
-logger = logging.getLogger(__name__)
 
 Pooling = Literal["mean", "cls", "last", "max"]
 

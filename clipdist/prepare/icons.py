@@ -8,7 +8,6 @@ Drawing needs the extra `emoji` (resvg-py); the rest does not.
 import functools
 import io
 import json
-import logging
 import shutil
 import subprocess
 import tarfile
@@ -23,8 +22,6 @@ from PIL import Image
 
 from clipdist.data.shards import checksum_file
 from clipdist.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 JOINER, VARIATION = "200d", "fe0f"
 SKIN_TONES = frozenset({"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"})

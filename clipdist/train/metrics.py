@@ -1,7 +1,6 @@
 """Where a run's numbers go: `metrics.jsonl` and TensorBoard, from rank 0; and what only a GPU can tell."""
 
 import json
-import logging
 import math
 import os
 from datetime import UTC, datetime
@@ -14,8 +13,6 @@ from pydantic import PositiveInt
 
 from clipdist.data.shards import write_atomically
 from clipdist.settings import settings
-
-logger = logging.getLogger(__name__)
 
 # Dense bf16 tensor-core peaks in FLOP/s, without sparsity, from the vendors' data sheets; matched by device name.
 PEAK_FLOPS = {

@@ -1,14 +1,11 @@
 """Asks a run to stop or to save: handlers only set a flag, which the ranks compare at the next step boundary."""
 
-import logging
 import os
 import signal
 import time
 from types import FrameType
 
 from clipdist import world
-
-logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clipdist import settings as s
 from clipdist import world
 from clipdist.data.loader import MASK_64, Batch, TrainLoader, TrainRows
-from clipdist.data.order import Order, philox
+from clipdist.data.order import philox
 from clipdist.data.shards import ShardSet, write_atomically
 from clipdist.data.text import Tokenizer, captions_of
 from clipdist.errors import UserError
@@ -104,13 +104,7 @@ class Trainer:
         self.shard_set = ShardSet.open(config.data.set)
         self.split = self.shard_set.split(config.data.train_split)
         self.val_split = self.shard_set.split(config.data.val_split) if config.data.val_split else None
-        self.order = Order(
-            self.split.samples_per_shard,
-            seed=config.seed,
-            global_batch=config.train.global_batch,
-            lanes=config.data.lanes,
-            window=config.data.window,
-        )
+        self.order = config.order(self.split)
         self.total_steps = self.order.steps_per_epoch * config.train.epochs
         self.schedule = Schedule(config.optim, self.total_steps)
         stage_of(config.train.stages, 0)

@@ -11,9 +11,9 @@ from clipdist.errors import UserError
 
 # verb: (module with `add_arguments(parser)` and `run(args) -> exit code`, what it does)
 VERBS = {
-    "pack": ("clipdist.data.pack_command", "image-text pairs from a table or a folder -> shard set"),
-    "index": ("clipdist.data.index_command", "make WebDataset tars of other tools into a shard set, in place"),
-    "verify": ("clipdist.data.verify_command", "find damage in a shard set, and leaks between its splits"),
+    "pack": ("clipdist.data.sets.pack_command", "image-text pairs from a table or a folder -> shard set"),
+    "index": ("clipdist.data.sets.index_command", "make WebDataset tars of other tools into a shard set, in place"),
+    "verify": ("clipdist.data.sets.verify_command", "find damage in a shard set, and leaks between its splits"),
     "plan": ("clipdist.data.plan_command", "print which samples make up the batch of a step"),
     "train": ("clipdist.train.command", "train a run from a recipe, in this process"),
     "eval": ("clipdist.evaluate.command", "score a model on a shard set: retrieval over the full gallery"),

@@ -24,8 +24,8 @@ from pathlib import Path
 import xxhash
 
 from clipdist.cli import run_script
+from clipdist.data.sets.writer import ShardSetWriter
 from clipdist.data.shards import MANIFEST, checksum_file
-from clipdist.data.writer import ShardSetWriter
 from clipdist.prepare.icons import Concept, IconSet, fetch_npm, join_concepts, read_openmoji, render_many
 from clipdist.progress import progress
 

@@ -8,9 +8,9 @@ import argparse
 from pathlib import Path
 
 from clipdist.cli import run_script
-from clipdist.data.pack import pack_pairs
-from clipdist.data.pack_command import add_packing_arguments, packing_options, parse_fractions
-from clipdist.data.tables import split_pairs
+from clipdist.data.sets.pack import pack_pairs
+from clipdist.data.sets.pack_command import add_packing_arguments, packing_options, parse_fractions
+from clipdist.data.sets.tables import split_pairs
 from clipdist.prepare.skincap import read_skincap
 
 LICENSE = (

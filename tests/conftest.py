@@ -22,7 +22,7 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OF
 
 import torch
 
-from clipdist.data.writer import ShardSetWriter
+from clipdist.data.sets.writer import ShardSetWriter
 from clipdist.train.signals import STOP_SIGNALS
 
 torch.set_num_threads(1)

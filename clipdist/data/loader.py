@@ -13,7 +13,7 @@ import xxhash
 from pydantic import NonNegativeInt, PositiveInt
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from clipdist.data.images import AugmentConfig, ResizeMode, load_for_evaluation, load_for_training
+from clipdist.data.images.decode import AugmentConfig, ResizeMode, load_for_evaluation, load_for_training
 from clipdist.data.order import Order, consumed_hash, sample_generator, share
 from clipdist.data.shards import BadSample, RawSample, Split
 from clipdist.data.text import Tokenizer

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from clipdist.data.images import fit, load_for_evaluation, to_rgb
+from clipdist.data.images.decode import fit, load_for_evaluation, to_rgb
 from clipdist.data.shards import BadSample, fsync_folder
 from clipdist.data.text import Tokenizer
 from clipdist.errors import UserError, disk_errors

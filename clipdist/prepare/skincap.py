@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from clipdist.data.pack import Pair, Rejected
+from clipdist.data.sets.pack import Pair, Rejected
+from clipdist.data.sets.tables import check_columns, pairs_from_table, read_table
 from clipdist.data.shards import checksum_file
-from clipdist.data.tables import check_columns, pairs_from_table, read_table
 from clipdist.errors import UserError
 
 TABLES = ("skincap_v240623.csv", "skincap_v240715.xlsx")

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from clipdist.data.images import open_image, to_rgb
+from clipdist.data.images.decode import open_image, to_rgb
 from clipdist.data.shards import Split
 from clipdist.errors import UserError
 from clipdist.evaluate.embed import Embeddings

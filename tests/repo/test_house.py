@@ -129,7 +129,7 @@ def test_verbs_and_their_options_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", named(PAGES))
 def test_options_of_scripts_exist(page: Path) -> None:
-    shared = text_of(ROOT / "clipdist" / "data" / "pack_command.py")
+    shared = text_of(ROOT / "clipdist" / "data" / "sets" / "pack_command.py")
     for words in commands(page):
         for n, word in enumerate(words):
             if re.fullmatch(rf"({'|'.join(SCRIPT_FOLDERS)})/\w+\.py", word):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
-from clipdist.data.images import (
+from clipdist.data.images.decode import (
     AugmentConfig,
     ResizeMode,
     _crop_size,
@@ -404,7 +404,7 @@ def test_the_shortcut_is_taken_only_while_enough_pixels_remain(monkeypatch: pyte
         decoded.append(image.size)
         return image
 
-    monkeypatch.setattr("clipdist.data.images.to_rgb", note)
+    monkeypatch.setattr("clipdist.data.images.decode.to_rgb", note)
     data = encoded(smooth(800, 640), "JPEG")
     for side in (32, 64, 100, 200, 300, 640):
         trained(data, side, "squash", STILL)

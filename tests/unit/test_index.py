@@ -9,9 +9,9 @@ import pytest
 import webdataset
 
 from clipdist.cli import main
-from clipdist.data.index import index_folder, index_tar, split_name
+from clipdist.data.sets.index import index_folder, index_tar, split_name
+from clipdist.data.sets.writer import UNFINISHED, ShardSetWriter
 from clipdist.data.shards import BadSample, ShardSet
-from clipdist.data.writer import UNFINISHED, ShardSetWriter
 from clipdist.errors import UserError
 from tests.unit.pictures import encoded, picture
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipdist.data.images import AugmentConfig
+from clipdist.data.images.decode import AugmentConfig
 from clipdist.data.loader import (
     MASK_64,
     ROWS_PER_TASK,
@@ -23,9 +23,9 @@ from clipdist.data.loader import (
     text_hash,
 )
 from clipdist.data.order import Order, consumed_hash
+from clipdist.data.sets.writer import ShardSetWriter
 from clipdist.data.shards import ShardSet
 from clipdist.data.text import Tokenizer, train_wordpiece
-from clipdist.data.writer import ShardSetWriter
 from clipdist.errors import UserError
 from tests.unit.pictures import encoded, picture
 

@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 import webdataset
 
-from clipdist.data import pack_command
-from clipdist.data.pack import REJECTED, Pair, pack_pairs
+from clipdist.data.sets import pack_command
+from clipdist.data.sets.pack import REJECTED, Pair, pack_pairs
+from clipdist.data.sets.writer import ShardSetWriter
 from clipdist.data.shards import MANIFEST, ShardSet, checksum_file
-from clipdist.data.writer import ShardSetWriter
 from clipdist.errors import UserError
 from tests.unit.pictures import encoded, picture
 

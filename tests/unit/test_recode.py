@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipdist.data.recode import ImageOptions, UnusableImage, recode
+from clipdist.data.sets.recode import ImageOptions, UnusableImage, recode
 from clipdist.errors import UserError
 from tests.unit.pictures import encoded, picture
 

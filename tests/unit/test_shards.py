@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipdist.data import shards
+from clipdist.data.sets.writer import UNFINISHED, ShardSetWriter
 from clipdist.data.shards import (
     BadSample,
     Manifest,
@@ -33,7 +34,6 @@ from clipdist.data.shards import (
     index_path,
     write_atomically,
 )
-from clipdist.data.writer import UNFINISHED, ShardSetWriter
 from clipdist.errors import UserError, disk_errors
 from tests.unit.pictures import encoded, picture
 

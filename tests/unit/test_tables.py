@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from clipdist.data.tables import key_from, pairs_from_table, read_folder, read_table, split_pairs
+from clipdist.data.sets.tables import key_from, pairs_from_table, read_folder, read_table, split_pairs
 from clipdist.errors import UserError
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from clipdist.config import load_config
-from clipdist.data.writer import ShardSetWriter
+from clipdist.data.sets.writer import ShardSetWriter
 from clipdist.errors import UserError
 from clipdist.train.loop import train
 from clipdist.train.trainer import Trainer, check

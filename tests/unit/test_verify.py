@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from clipdist.cli import main
-from clipdist.data.verify import verify_set
-from clipdist.data.writer import ShardSetWriter
+from clipdist.data.sets.verify import verify_set
+from clipdist.data.sets.writer import ShardSetWriter
 from tests.conftest import picture
 
 

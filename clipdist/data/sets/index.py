@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from webdataset.tariterators import base_plus_ext
 
+from clipdist.data.sets.writer import BLOCK, UNFINISHED, made_by
 from clipdist.data.shards import (
     IMAGE_EXTENSIONS,
     MANIFEST,
@@ -20,7 +21,6 @@ from clipdist.data.shards import (
     index_path,
     write_atomically,
 )
-from clipdist.data.writer import BLOCK, UNFINISHED, made_by
 from clipdist.errors import UserError
 
 MAX_MEMBER_BYTES = (1 << 32) - 1

@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from clipdist.data.index import index_folder
+    from clipdist.data.sets.index import index_folder
     from clipdist.progress import progress
 
     manifest = index_folder(args.folder, shown=partial(progress, unit="shard", description="indexing"))

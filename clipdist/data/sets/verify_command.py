@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from clipdist.data.verify import Facts, verify_set
+    from clipdist.data.sets.verify import Facts, verify_set
     from clipdist.progress import progress
 
     def shown(facts: Iterable[Facts], total: int) -> Iterable[Facts]:

@@ -18,8 +18,8 @@ import numpy as np
 import xxhash
 from PIL import Image
 
-from clipdist.data.images import open_image, to_rgb
-from clipdist.data.index import index_tar
+from clipdist.data.images.decode import open_image, to_rgb
+from clipdist.data.sets.index import index_tar
 from clipdist.data.shards import BadSample, ShardFile, ShardInfo, ShardSet, checksum_file
 from clipdist.errors import UserError
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from clipdist.errors import UserError
 
 if TYPE_CHECKING:
-    from clipdist.data.pack import Pair, Rejected
+    from clipdist.data.sets.pack import Pair, Rejected
 
 DESCRIPTION = """\
 Pack image-text pairs into WebDataset shards with an index and a manifest.
@@ -83,7 +83,7 @@ def add_packing_arguments(
 
 def packing_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments for `pack_pairs` out of what `add_packing_arguments` declared."""
-    from clipdist.data.recode import ImageOptions
+    from clipdist.data.sets.recode import ImageOptions
 
     if args.workers is not None and args.workers < 0:
         raise UserError(f"--workers: found {args.workers}, expected 0 or more")
@@ -117,7 +117,7 @@ def parse_fractions(items: list[str]) -> dict[str, float]:
 
 def run(args: argparse.Namespace) -> int:
     """Packs and prints a summary; 0. Raises `UserError` for what the user can change."""
-    from clipdist.data.pack import pack_pairs
+    from clipdist.data.sets.pack import pack_pairs
     from clipdist.data.shards import checksum_file
 
     if args.split and args.split_column:
@@ -151,7 +151,7 @@ def _read(
     args: argparse.Namespace, fractions: dict[str, float]
 ) -> tuple[dict[str, list["Pair"]], list["Rejected"], dict[str, Any]]:
     """Pairs by split, what was rejected on the way, and what the manifest should say about the choice."""
-    from clipdist.data import tables
+    from clipdist.data.sets import tables
 
     rejected: list[Rejected] = []
     if args.source.is_dir():

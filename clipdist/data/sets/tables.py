@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import xxhash
 
-from clipdist.data.pack import SPLIT_NAME, Pair, Rejected
+from clipdist.data.sets.pack import SPLIT_NAME, Pair, Rejected
 from clipdist.errors import UserError
 from clipdist.prepare.splits import check_fractions, split_by
 

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipdist.data.recode import ImageOptions, UnusableImage, recode_all
+from clipdist.data.sets.recode import ImageOptions, UnusableImage, recode_all
+from clipdist.data.sets.writer import ShardSetWriter
 from clipdist.data.shards import write_atomically
-from clipdist.data.writer import ShardSetWriter
 from clipdist.errors import UserError
 from clipdist.progress import progress
 

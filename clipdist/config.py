@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
-from clipdist.data.loader import DataConfig
-from clipdist.data.order import Order
+from clipdist.data.config import DataConfig
+from clipdist.data.mixing import order_of
+from clipdist.data.order import SampleOrder
 from clipdist.data.shards import Split
 from clipdist.errors import UserError
 from clipdist.loss.contrastive import LossConfig
@@ -55,15 +56,9 @@ class RunConfig:
     def folder(self) -> Path:
         return Path(self.runs) / self.name
 
-    def order(self, split: Split) -> Order:
+    def order(self, split: Split) -> SampleOrder:
         """Which samples make up each batch: what training follows and `clipdist plan` prints."""
-        return Order(
-            split.samples_per_shard,
-            seed=self.seed,
-            global_batch=self.train.global_batch,
-            lanes=self.data.lanes,
-            window=self.data.window,
-        )
+        return order_of(split, self.data, seed=self.seed, global_batch=self.train.global_batch)
 
 
 # Keys that may differ when a run goes on: they change where, how fast and how often, never the result.
@@ -76,6 +71,10 @@ NOT_MATHS = (
     "data.prefetch",
     "data.max_bad_fraction",
     "data.max_bad_in_a_row",
+    "data.checksums",
+    "data.remote",
+    "data.cache_folder",
+    "data.cache_gib",
     "train.processes",
     "train.compile",
     "evaluate.workers",
@@ -139,9 +138,14 @@ def validate(tree: dict[str, Any], where: dict[str, str], source: str) -> RunCon
     try:
         # As JSON, because only there does strict checking take a list for a tuple. Strict: 2.0 is no whole number,
         # and true is none either.
-        return TypeAdapter(RunConfig).validate_json(json.dumps(tree), strict=True)
+        config = TypeAdapter(RunConfig).validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         raise UserError("\n".join(_explain(error, tree, where, source))) from None
+    if config.data.set and config.data.mix:
+        raise UserError(f"{where.get('data.mix', source)}: data.set and data.mix: expected one of them, found both")
+    if not config.data.set and not config.data.mix:
+        raise UserError(f"{where.get('data', source)}: data.set is missing and has no default")
+    return config
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -151,10 +155,16 @@ def to_yaml(config: RunConfig) -> str:
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Keys that define the maths and differ, as `key: old → new`."""
-    before, after = _flatten(_plain(asdict(old))), _flatten(_plain(asdict(new)))
+    before, after = _compared(old), _compared(new)
     keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     keys = [key for key in keys if not any(key == free or key.startswith(f"{free}.") for free in NOT_MATHS)]
     return [f"{key}: {before.get(key)} → {after.get(key)}" for key in keys]
+
+
+def _compared(config: RunConfig) -> dict[str, Any]:
+    """`flat`, with a mixture's sets by name, since each may have moved as `data.set` may."""
+    mix = [f"{entry.called}: {entry.weight}" for entry in config.data.mix]
+    return {**flat(config), "data.mix": mix}
 
 
 def flat(config: RunConfig) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def barrier() -> None:
         sum_over_ranks(torch.zeros(1, device=device))
 
 
-def report(error: UserError) -> None:
+def report(error: Exception) -> None:
     """Prints a user's error once: on rank 0, or with the rank when it is another's. One line for each fault."""
     world = announced()
     where = f"rank {world.rank}: " if world.rank else ""

@@ -7,8 +7,8 @@
 A `.tar.zst` holds one independent Zstandard frame per sample: a plain `.tar.zst` for every tool, and yet
 randomly addressable. Offsets of members then count within the decompressed frame.
 
-Index file, little endian: a header of 64 bytes (`HEADER`), one record of 64 bytes per sample (`RECORD`), then the
-keys one after another in UTF-8. It is memory mapped, so its size costs no memory and ranks of a node share it.
+The index's format is in `shard_index.py`. A checksum in it, over a sample's record, key and members, finds a flipped
+bit in any of them when the sample is read.
 """
 
 import json
@@ -16,52 +16,33 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import xxhash
 import zstandard
 
+from clipdist.data.shard_index import IMAGE_EXTENSIONS, BadSample, ShardIndex, index_path, sample_checksum
+from clipdist.data.stamps import check_once, checksum_descriptor
 from clipdist.errors import UserError
+
+if TYPE_CHECKING:
+    from clipdist.data.remote import RemoteConfig, RemoteShards
+    from clipdist.data.shard_cache import Held
 
 FORMAT = "clipdist-shards"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-MAGIC = b"CDINDEX1"
-
-HEADER = np.dtype(
-    [("magic", "S8"), ("samples", "<u8"), ("tar_bytes", "<u8"), ("key_bytes", "<u8"), ("zstd", "u1"), ("_", "V31")]
-)
-RECORD = np.dtype(
-    [
-        ("frame_offset", "<u8"),
-        ("image_offset", "<u8"),
-        ("json_offset", "<u8"),
-        ("text_offset", "<u8"),
-        ("key_offset", "<u8"),
-        ("frame_size", "<u4"),
-        ("image_size", "<u4"),
-        ("json_size", "<u4"),
-        ("text_size", "<u4"),
-        ("key_size", "<u2"),
-        ("image_kind", "u1"),
-        ("_", "V5"),
-    ]
-)
-assert HEADER.itemsize == 64
-assert RECORD.itemsize == 64
-
-# Position in this tuple is what an index stores: append only.
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif")
 SHARD_NAME = re.compile(r"^(?P<split>.+)-(?P<number>\d{6,})\.tar(\.zst)?$")
 
 
-class BadSample(Exception):
-    """One sample cannot be used; the message says why. The loader counts it, names it and takes the next."""
+Check = Literal["none", "sample", "shard"]
+"""none: trust the bytes; sample: each sample's checksum at each read; shard: besides, each file's checksum once per
+machine before its first read."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +56,10 @@ class RawSample:
     fields: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardInfo:
+    """What the manifest says of one shard."""
+
     file: str
     samples: int
     bytes: int
@@ -94,19 +77,27 @@ class Manifest:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        body = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "splits": {
-                name: {"samples": sum(s.samples for s in shards), "shards": [asdict(s) for s in shards]}
-                for name, shards in self.splits.items()
-            },
+        """One line per shard: readable, and small however many there are."""
+        rest = {
             "license": self.license,
             "made_by": self.made_by,
             "sources": self.sources,
             "notes": self.notes,
         }
-        return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
+        splits = [
+            f"  {_json(name)}: {{\n   "
+            f'"samples": {sum(shard.samples for shard in shards)},\n   "shards": [\n    '
+            + ",\n    ".join(_json({name: getattr(shard, name) for name in _SHARD_FIELDS}) for shard in shards)
+            + "\n   ]\n  }"
+            for name, shards in self.splits.items()
+        ]
+        return (
+            f'{{\n "format": "{FORMAT}",\n "version": {FORMAT_VERSION},\n "splits": {{\n'
+            + ",\n".join(splits)
+            + "\n },\n"
+            + json.dumps(rest, indent=1, ensure_ascii=False, default=asdict)[2:]
+            + "\n"
+        )
 
     @staticmethod
     def load(folder: Path) -> "Manifest":
@@ -115,20 +106,25 @@ class Manifest:
         if not folder.is_dir():
             raise UserError(f"shard set {folder}: there is no such folder")
         try:
-            body = json.loads(path.read_text(encoding="utf-8"))
+            body = json.loads(path.read_text(encoding="utf-8"), object_hook=_shard_info)
             if body["format"] != FORMAT or body["version"] != FORMAT_VERSION:
                 raise UserError(
                     f"{path}: found format {body['format']!r} version {body['version']!r}, "
                     f"expected {FORMAT!r} version {FORMAT_VERSION}; pack the set again with this version"
                 )
-            splits = {name: [ShardInfo(**shard) for shard in split["shards"]] for name, split in body["splits"].items()}
+            splits = {name: split["shards"] for name, split in body["splits"].items()}
+            for shards in splits.values():
+                if not isinstance(shards, list) or not all(isinstance(shard, ShardInfo) for shard in shards):
+                    raise TypeError("a shard without its file, samples, bytes and xxh3_64")
             return Manifest(splits, body["license"], body["made_by"], body["sources"], body["notes"])
         except FileNotFoundError:
             raise UserError(
                 f"shard set {folder}: no {MANIFEST}, so it is unfinished (pack it again) "
                 f"or made by another tool (run: clipdist index {folder})"
             ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); pack the set again") from None
 
     @cached_property
@@ -141,13 +137,27 @@ class Manifest:
         return hasher.hexdigest()
 
 
+_SHARD_FIELDS = ("file", "samples", "bytes", "xxh3_64")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _shard_info(found: dict[str, Any]) -> Any:
+    """Turns each shard's object into its compact form while the rest is still being read."""
+    if len(found) != 4 or "xxh3_64" not in found:
+        return found
+    info = ShardInfo(**found)
+    if not isinstance(info.file, str) or not isinstance(info.samples, int) or info.samples < 0:
+        raise TypeError(f"file {info.file!r} with {info.samples!r} samples")
+    return info
+
+
 def checksum_file(path: Path) -> str:
     """xxh3-64 of a file's bytes, 16 hexadecimal digits."""
-    hasher = xxhash.xxh3_64()
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            hasher.update(block)
-    return hasher.hexdigest()
+        return checksum_descriptor(file.fileno())
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -170,61 +180,17 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def index_path(shard: Path) -> Path:
-    """`x.tar` and `x.tar.zst` -> `x.idx`."""
-    return shard.with_name(re.sub(r"\.tar(\.zst)?$", ".idx", shard.name))
-
-
-def index_bytes(records: np.ndarray, keys: list[str], tar_bytes: int, zstd: bool) -> bytes:
-    """Serialises an index; fills in where each key lies. `records` has dtype `RECORD`, one row per key."""
-    encoded = [key.encode() for key in keys]
-    sizes = np.array([len(key) for key in encoded], dtype=np.uint64)
-    records = records.copy()
-    records["key_size"] = sizes
-    records["key_offset"] = np.cumsum(sizes) - sizes
-    header = np.zeros(1, HEADER)
-    header["magic"], header["samples"], header["tar_bytes"] = MAGIC, len(keys), tar_bytes
-    header["key_bytes"], header["zstd"] = int(sizes.sum()), zstd
-    return header.tobytes() + records.tobytes() + b"".join(encoded)
-
-
-class ShardIndex:
-    """The memory-mapped index of one shard. `records` is a read-only array of dtype `RECORD`."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            size = path.stat().st_size
-            header = np.fromfile(path, HEADER, 1)
-        except FileNotFoundError:
-            raise UserError(f"{path}: the index is missing; run: clipdist index {path.parent}") from None
-        if len(header) != 1 or header["magic"][0] != MAGIC:
-            raise UserError(f"{path}: not a shard index; run: clipdist index {path.parent}")
-        self.samples = int(header["samples"][0])
-        self.tar_bytes = int(header["tar_bytes"][0])
-        self.zstd = bool(header["zstd"][0])
-        key_bytes = int(header["key_bytes"][0])
-        end = HEADER.itemsize + self.samples * RECORD.itemsize
-        if size != end + key_bytes:
-            raise UserError(
-                f"{path}: found {size} bytes, expected {end + key_bytes}; run: clipdist index {path.parent}"
-            )
-        # An empty map is an error of mmap's, and an empty shard is legal.
-        self.records = (
-            np.memmap(path, RECORD, "r", HEADER.itemsize, (self.samples,)) if self.samples else np.zeros(0, RECORD)
-        )
-        self._keys = np.memmap(path, np.uint8, "r", end, (key_bytes,)) if key_bytes else np.zeros(0, np.uint8)
-
-    def key(self, row: int) -> str:
-        record = self.records[row]
-        start = int(record["key_offset"])
-        return self._keys[start : start + int(record["key_size"])].tobytes().decode(errors="replace")
-
-
 class ShardFile:
-    """One open shard: reads samples by row number. Thread-safe, because positioned reads share no file position."""
+    """One open shard: reads samples by row number. Thread-safe, because positioned reads share no file position.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `check`: what is compared with its checksum. `checksum` is the manifest's, which "shard" needs.
+    """
+
+    held: "Held | None" = None
+    """Keeps a remote set's shard in the cache while this one is open."""
+
+    def __init__(self, path: Path, *, check: Check = "sample", checksum: str = "") -> None:
+        self.path, self.check = path, check
         self._descriptor = -1
         self.index = ShardIndex(index_path(path))
         try:
@@ -238,35 +204,45 @@ class ShardFile:
                 f"{path}: found {size} bytes where its index expects {self.index.tar_bytes}: "
                 f"truncated, or changed after indexing (run: clipdist index {path.parent})"
             )
+        if check == "shard":
+            check_once(path, self._descriptor, checksum)
 
     def close(self) -> None:
+        self.index.close()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
     def __del__(self) -> None:
-        self.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def read(self, row: int) -> RawSample:
-        """Sample number `row` of this shard; `BadSample` when its bytes are not what the index promises."""
-        record = self.index.records[row]
-        key = self.index.key(row)
-        if not record["image_size"]:
+        """Sample number `row` of this shard; `BadSample` when its bytes are not those that were indexed."""
+        record, entry, key = self.index.entry(row)
+        if not entry.image_size:
             raise BadSample("no image, or an empty one")
-        if record["image_kind"] >= len(IMAGE_EXTENSIONS):
-            raise BadSample(f"image kind {record['image_kind']}, unknown to this version")
-        members = [(int(record[f"{name}_offset"]), int(record[f"{name}_size"])) for name in ("image", "json", "text")]
-        present = [member for member in members if member[1]]
-        start, end = min(offset for offset, _ in present), max(offset + size for offset, size in present)
+        if entry.image_kind >= len(IMAGE_EXTENSIONS):
+            raise BadSample(f"image kind {entry.image_kind}, unknown to this version")
+        members = (
+            (entry.image_offset, entry.image_size),
+            (entry.json_offset, entry.json_size),
+            (entry.text_offset, entry.text_size),
+        )
+        start = min(offset for offset, size in members if size)
+        end = max(offset + size for offset, size in members if size)
         if self.index.zstd:
-            block, base = self._frame(int(record["frame_offset"]), int(record["frame_size"]), end), 0
+            block, base = self._frame(entry.frame_offset, entry.frame_size, end), 0
         else:
             block, base = self._pread(start, end - start), start
         image, info, text = (block[o - base : o - base + s] if s else b"" for o, s in members)
-        if [len(image), len(info), len(text)] != [s for _, s in members]:
-            raise BadSample("shorter than its index says")
+        if self.check != "none":
+            found = sample_checksum(record, key, (image, info, text))
+            if found != entry.checksum:
+                raise BadSample(f"checksum differs: found {found:08x}, its index has {entry.checksum:08x}")
         fields, texts = _parse_texts(info, text)
-        return RawSample(key, image, IMAGE_EXTENSIONS[record["image_kind"]], texts, fields)
+        return RawSample(key.decode(errors="replace"), image, IMAGE_EXTENSIONS[entry.image_kind], texts, fields)
 
     def _pread(self, offset: int, size: int) -> bytes:
         # Asked before reading: a damaged index may speak of many gigabytes.
@@ -278,16 +254,22 @@ class ShardFile:
         return data
 
     def _frame(self, offset: int, size: int, end: int) -> bytes:
-        """A decompressed frame, whose last member ends at byte `end` before it is padded to a tar's blocks."""
+        """A decompressed frame, at least up to byte `end`, where the sample's last member ends."""
         frame = self._pread(offset, size)
         try:
-            # The size that a frame states is allocated before anything is checked: damaged, it may be any number.
+            # A damaged index or frame may speak of any size: both must agree before anything is allocated.
             found = zstandard.frame_content_size(frame)
-            if not end <= found < end + 512:
-                raise BadSample(f"damaged Zstandard frame: of {found} bytes, expected about {end}")
-            return zstandard.ZstdDecompressor().decompress(frame)
-        except zstandard.ZstdError as error:
+            if not end <= found:
+                raise BadSample(f"damaged Zstandard frame: of {found} bytes, expected at least {end}")
+            if found < end + 512:  # but for the padding, the whole frame
+                return zstandard.ZstdDecompressor().decompress(frame)
+            with zstandard.ZstdDecompressor().stream_reader(frame) as reader:
+                block = reader.read(end)
+        except (zstandard.ZstdError, MemoryError) as error:
             raise BadSample(f"damaged Zstandard frame: {error}") from None
+        if len(block) != end:
+            raise BadSample(f"damaged Zstandard frame: it ends after {len(block)} bytes, expected {end}")
+        return block
 
 
 def _parse_texts(info: bytes, text: bytes) -> tuple[dict[str, Any], list[str]]:
@@ -314,21 +296,38 @@ class Split:
 
     max_open_shards = 128
 
-    def __init__(self, folder: Path, name: str, shards: list[ShardInfo]) -> None:
-        self.folder, self.name, self.shards = folder, name, shards
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        shards: list[ShardInfo],
+        *,
+        check: Check = "sample",
+        remote: "RemoteShards | None" = None,
+    ) -> None:
+        self.folder, self.name, self.shards, self.check, self.remote = folder, name, shards, check, remote
+        self._process = os.getpid()
         self.samples_per_shard = np.array([shard.samples for shard in shards], dtype=np.int64)
         self._ends = np.cumsum(self.samples_per_shard)
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "name": self.name, "shards": self.shards}
+        return {name: getattr(self, name) for name in ("folder", "name", "shards", "check", "remote")}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__init__(state["folder"], state["name"], state["shards"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def digest(self) -> str:
+        """xxh3-64 over its shards' files, counts and checksums, 16 hexadecimal digits."""
+        hasher = xxhash.xxh3_64()
+        for shard in self.shards:
+            hasher.update(f"{shard.file}\0{shard.samples}\0{shard.xxh3_64}\n".encode())
+        return hasher.hexdigest()
 
     def locate(self, number: int) -> tuple[int, int]:
         """Sample number -> (shard number, row in that shard)."""
@@ -337,13 +336,28 @@ class Split:
         shard = int(np.searchsorted(self._ends, number, side="right"))
         return shard, number - int(self._ends[shard] - self.samples_per_shard[shard])
 
+    def hold(self, number: int, stopped: Callable[[], bool] = lambda: False) -> "Held | None":
+        """Brings a shard of a remote set onto this machine, where it stays until the result is closed; None for a set
+        that is here. Raises as `RemoteShards.hold` does."""
+        return self.remote.hold(self.shards[number], stopped) if self.remote else None
+
+    def _let_go(self) -> bool:
+        """Closes the shard unused for longest, for a cache that is full; False when none is open."""
+        return bool(self._open) and bool(self._open.popitem(last=False))
+
     def shard(self, number: int) -> ShardFile:
         with self._lock:
+            if self.remote and self._process != os.getpid():
+                # Those of the parent: what keeps them in the cache stayed there.
+                self._open.clear()
+                self._process = os.getpid()
             if number in self._open:
                 self._open.move_to_end(number)
                 return self._open[number]
             info = self.shards[number]
-            opened = ShardFile(self.folder / info.file)
+            held = self.remote.hold(info, let_go=self._let_go) if self.remote else None
+            opened = ShardFile(self.folder / info.file, check=self.check, checksum=info.xxh3_64)
+            opened.held = held
             if opened.index.samples != info.samples:
                 raise UserError(
                     f"{opened.path}: its index holds {opened.index.samples} samples, the manifest {info.samples}; "
@@ -366,17 +380,30 @@ class Split:
 
 
 class ShardSet:
-    """A finished shard set. `ShardSet.open(folder).split("train")` gives the samples of one split."""
+    """A finished shard set. `ShardSet.open(folder).split("train")` gives the samples of one split.
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
+    `folder` of a set behind a URL is its place in the cache; `location` is what was opened.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, check: Check = "sample", remote: "RemoteShards | None" = None
+    ) -> None:
+        self.folder, self.manifest, self.check, self.remote = folder, manifest, check, remote
+        self.location = remote.files.url if remote else str(folder)
 
     @staticmethod
-    def open(folder: str | Path) -> "ShardSet":
+    def open(folder: str | Path, *, check: Check = "sample", remote: "RemoteConfig | None" = None) -> "ShardSet":
+        """A folder, or a URL that fsspec knows, which `remote` says how to fetch."""
+        if isinstance(folder, str) and "://" in folder:
+            # Only here: fsspec and what it brings take time to import.
+            from clipdist.data.remote import open_remote
+
+            fetched, manifest = open_remote(folder, remote)
+            return ShardSet(fetched.folder, manifest, check=check, remote=fetched)
         folder = Path(folder)
-        return ShardSet(folder, Manifest.load(folder))
+        return ShardSet(folder, Manifest.load(folder), check=check)
 
     def split(self, name: str) -> Split:
         if name not in self.manifest.splits:
             raise UserError(f"{self.folder}: no split {name!r}; it has {', '.join(map(repr, self.manifest.splits))}")
-        return Split(self.folder, name, self.manifest.splits[name])
+        return Split(self.folder, name, self.manifest.splits[name], check=self.check, remote=self.remote)

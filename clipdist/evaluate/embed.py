@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from clipdist import world
-from clipdist.data.loader import EvalPiece, EvalRows, evaluation_loader
+from clipdist.data.evaluation import EvalPiece, EvalRows, evaluation_loader
 from clipdist.data.shards import Split
 from clipdist.data.text import Tokenizer
 from clipdist.model.dual_encoder import DualEncoder

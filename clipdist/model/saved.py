@@ -24,7 +24,9 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from clipdist.data.images.decode import fit, load_for_evaluation, to_rgb
+from clipdist.data.images.decode import load_for_evaluation
+from clipdist.data.images.pillow import to_rgb
+from clipdist.data.images.resize import fit
 from clipdist.data.shards import BadSample, fsync_folder
 from clipdist.data.text import Tokenizer
 from clipdist.errors import UserError, disk_errors
@@ -153,7 +155,8 @@ class SavedModel:
                 pixels = np.asarray(fit(to_rgb(image), tower.side, tower.resize))
                 return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
             data = image if isinstance(image, bytes) else Path(image).read_bytes()
-            return load_for_evaluation(data, tower.side, tower.resize, MAX_IMAGE_PIXELS)
+            pixels = load_for_evaluation(data, tower.side, tower.resize, MAX_IMAGE_PIXELS)
+            return torch.from_numpy(pixels).permute(2, 0, 1)
         except (BadSample, OSError) as error:
             name = "image" if isinstance(image, bytes | Image.Image) else image
             raise UserError(f"{name}: {error}") from None

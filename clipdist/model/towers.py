@@ -16,7 +16,7 @@ from timm.data import resolve_model_data_config
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
-from clipdist.data.images.decode import ResizeMode
+from clipdist.data.images.geometry import ResizeMode
 from clipdist.errors import UserError
 from clipdist.model.rename import rename_lite0_keys
 from clipdist.settings import field, settings

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 from clipdist import world
-from clipdist.errors import UserError
+from clipdist.errors import UserError, WorkerKilled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
     try:
         return run(args)
-    except UserError as error:
+    except (UserError, WorkerKilled) as error:
         if world.announced().rank:
             # Most errors strike every rank: rank 0 prints them and the launcher ends the others meanwhile. Whoever
             # is still here has one of its own.
@@ -75,4 +75,4 @@ def main(arguments: list[str] | None = None) -> int:
         world.report(error)
         sys.stderr.flush()
         # Not sys.exit: other ranks may wait in a collective that this one will never join.
-        os._exit(2)
+        os._exit(2 if isinstance(error, UserError) else 1)

@@ -3,6 +3,7 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
+from clipdist.data.loader import worker_errors
 from clipdist.train.signals import Clock, StopRequest
 from clipdist.train.trainer import Trainer
 
@@ -15,11 +16,13 @@ FINISHED = 0
 STOPPED_ON_REQUEST = 75
 
 
+@worker_errors()
 def train(config: "RunConfig") -> int:
     """Trains a run to its end, or until it is asked to stop; goes on by itself where it stopped before.
 
     Every rank calls it. Returns 0 when the run is finished and 75 when it was stopped by a signal and left a
-    checkpoint: start the same command again. Raises `UserError` for what the user can change.
+    checkpoint: start the same command again. Raises `UserError` for what the user can change, and
+    `WorkerKilled` when a loader worker dies.
     """
     trainer = Trainer(config)
     progress, per_epoch = trainer.progress, trainer.order.steps_per_epoch

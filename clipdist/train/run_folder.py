@@ -17,7 +17,8 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from clipdist import world
-from clipdist.data.shards import ShardSet, write_atomically
+from clipdist.data.mixing import Mixture
+from clipdist.data.shards import write_atomically
 from clipdist.errors import UserError, disk_errors
 from clipdist.train.checkpoint import newest_sound
 
@@ -45,7 +46,7 @@ class RunFolder:
         return self.path / "checkpoints"
 
 
-def open_run(config: "RunConfig", shard_set: ShardSet, who: world.World) -> RunFolder:
+def open_run(config: "RunConfig", data: Mixture, who: world.World) -> RunFolder:
     """Creates or reopens the run's folder; all ranks call it, rank 0 writes.
 
     Raises `UserError` when the folder holds a run whose recipe, or shard set, differs in what defines the maths, when
@@ -72,7 +73,7 @@ def open_run(config: "RunConfig", shard_set: ShardSet, who: world.World) -> RunF
                     f"{folder}: the run there was made with another recipe ({'; '.join(changed)}); choose another "
                     f"name, restore these values, or go on all the same with resume=force"
                 )
-            _check_set(folder, shard_set)
+            _check_sets(folder, data)
     world.barrier()  # nobody may overwrite what another rank has yet to read
     if who.is_main:
         with disk_errors(folder):
@@ -108,17 +109,20 @@ def hold(folder: Path, wait_seconds: float = LOCK_SECONDS) -> IO[str]:
     return file
 
 
-def _check_set(folder: Path, shard_set: ShardSet) -> None:
-    known = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["shard_sets"][0]["digest"]
-    if known != shard_set.manifest.digest:
-        raise UserError(
-            f"{folder}: the run there has seen another version of {shard_set.folder} (digest {known}, now "
-            f"{shard_set.manifest.digest}), so its order cannot go on; choose another name, or resume=force"
-        )
+def _check_sets(folder: Path, data: Mixture) -> None:
+    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    known = [shard_set["digest"] for shard_set in environment["shard_sets"]]
+    assert len(known) == len(data.sets), "the recipes agree"
+    for seen, shard_set in zip(known, data.sets, strict=True):
+        if seen != shard_set.manifest.digest:
+            raise UserError(
+                f"{folder}: the run there has seen another version of {shard_set.folder} (digest {seen}, now "
+                f"{shard_set.manifest.digest}), so its order cannot go on; choose another name, or resume=force"
+            )
 
 
 def write_environment(
-    folder: Path, shard_set: ShardSet, who: world.World, device: torch.device, parameters: dict[str, int], step: int
+    folder: Path, data: Mixture, who: world.World, device: torch.device, parameters: dict[str, int], step: int
 ) -> None:
     """`environment.json`: what the run runs on; each start is added to `starts`. All ranks call it, rank 0 writes."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -148,6 +152,7 @@ def write_environment(
                 "license": shard_set.manifest.license,
                 "notes": shard_set.manifest.notes,
             }
+            for shard_set in data.sets
         ],
         "starts": [*starts, {"time": now, "step": step, "world_size": who.world_size}],
     }

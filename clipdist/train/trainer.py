@@ -21,9 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipdist import settings as s
 from clipdist import world
-from clipdist.data.loader import MASK_64, Batch, TrainLoader, TrainRows
+from clipdist.data.caching import open_cache
+from clipdist.data.loader import MASK_64, Batch, TrainLoader
+from clipdist.data.mixing import Mixture
 from clipdist.data.order import philox
-from clipdist.data.shards import ShardSet, write_atomically
+from clipdist.data.rows import TrainRows
+from clipdist.data.sets.index import open_or_index
+from clipdist.data.shards import write_atomically
 from clipdist.data.text import Tokenizer, captions_of
 from clipdist.errors import UserError
 from clipdist.evaluate.embed import embed_split
@@ -101,22 +105,20 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu, kwargs_handlers=[ddp])
         self.world = world.check_size(config.train.processes)
         self.device = self.accelerator.device
-        self.shard_set = ShardSet.open(config.data.set)
-        self.split = self.shard_set.split(config.data.train_split)
-        self.val_split = self.shard_set.split(config.data.val_split) if config.data.val_split else None
+        self.data = Mixture.open(config.data, open_or_index)
+        self.split = self.data.training(config.data.train_split)
+        self.val_split = self.data.validation(config.data.val_split) if config.data.val_split else None
         self.order = config.order(self.split)
         self.total_steps = self.order.steps_per_epoch * config.train.epochs
         self.schedule = Schedule(config.optim, self.total_steps)
         stage_of(config.train.stages, 0)
-        self.folder: RunFolder = open_run(config, self.shard_set, self.world)
+        self.folder: RunFolder = open_run(config, self.data, self.world)
         self.tokenizer = self._tokenizer()
         self._build()
         self.progress = Progress()
         if self.folder.checkpoint:
             self._restore()
-        write_environment(
-            self.folder.path, self.shard_set, self.world, self.device, self.parameters, self.progress.step
-        )
+        write_environment(self.folder.path, self.data, self.world, self.device, self.parameters, self.progress.step)
         self.writer = None
         if self.world.is_main:
             self.writer = MetricsWriter(self.folder.path, config.log, self.progress.step)
@@ -201,13 +203,11 @@ class Trainer:
             self.progress.digest = 0  # the sum over ranks counts what came before once
 
     def batches(self) -> TrainLoader:
+        config, side = self.config.data, self.model.image.side
+        cache = open_cache(config, self.split, self.tokenizer, side) if config.cache == "decoded" else None
+        resize = self.model.image.resize
         rows = TrainRows(
-            self.split,
-            self.order,
-            self.config.data,
-            side=self.model.image.side,
-            resize=self.model.image.resize,
-            tokenizer=self.tokenizer,
+            self.split, self.order, config, side=side, resize=resize, tokenizer=self.tokenizer, cache=cache
         )
         return TrainLoader(
             rows,
@@ -215,7 +215,7 @@ class Trainer:
             world_size=self.world.world_size,
             first_step=self.progress.step,
             steps=self.total_steps,
-            pin_memory=self.device.type == "cuda",
+            device=self.device,
         )
 
     def step(self, batch: Batch) -> dict[str, float]:
@@ -223,7 +223,6 @@ class Trainer:
 
         A loss or gradient that is not finite changes nothing: averaged over ranks, it is so on all of them.
         """
-        batch = batch.to(self.device)
         # Dropout and its like: a function of seed, step and rank, so that no generator's state need be saved.
         torch.manual_seed(int(philox("step", self.config.seed, batch.step, self.world.rank).random_raw() >> 1))
         lr = self.schedule.apply(self.optimizer, batch.step)
@@ -431,8 +430,8 @@ class Trainer:
 
     def described(self, split: str) -> dict[str, Any]:
         return {
-            "data": str(self.shard_set.folder),
-            "data_digest": self.shard_set.manifest.digest,
+            "data": self.data.folder,
+            "data_digest": self.data.digest,
             "split": split,
             "step": self.progress.step,
             "model": str(self.folder.path / "model"),
@@ -469,8 +468,8 @@ class Trainer:
             **self.described(self.config.data.train_split),
             "epoch": self.progress.step / self.order.steps_per_epoch,
             "groups": self.config.data.groups,
-            "license": self.shard_set.manifest.license,
-            "notes": self.shard_set.manifest.notes,
+            "license": self.data.license,
+            "notes": self.data.notes,
         }
         save_model(self.folder.path / "model", self.model, self.tokenizer, scores=scores, about=about)
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from clipdist.data.images.decode import open_image, to_rgb
+from clipdist.data.images.pillow import open_image, to_rgb
 from clipdist.data.shards import Split
 from clipdist.errors import UserError
 from clipdist.evaluate.embed import Embeddings
@@ -46,7 +46,7 @@ def groups_of(embeddings: Embeddings, by: str) -> np.ndarray | None:
 
     Raises `UserError` when a sample lacks the field that groups it.
     """
-    from clipdist.data.loader import text_hash
+    from clipdist.data.rows import text_hash
 
     if by == "none":
         return None

@@ -261,7 +261,7 @@ OVERRIDES: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(0, 2**63 - 1),
     "small": st.booleans(),
     "optim.lr": st.floats(0, 1, exclude_min=True) | st.just(1e-300),
-    "optim.betas": st.tuples(st.floats(0, 1), st.floats(0, 1)).map(list),
+    "optim.betas": st.tuples(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True)).map(list),
     "checkpoint.every_minutes": st.sampled_from([0, 1, 0.5, float("inf")]),
     "model.image.mean": st.none() | st.just([0.5, 0.25, 1e-9]),
     "model.image.pretrained": st.booleans() | st.sampled_from(["true", "a/b.pt", "package://p/q"]),

@@ -1,41 +1,25 @@
 """Tars of other tools become a shard set without being touched, or are refused with the reason."""
 
-import io
+import contextlib
+import os
 import shutil
 import tarfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from clipdist.cli import main
-from clipdist.data.sets.index import index_folder, index_tar, split_name
+from clipdist.data.sets import index
+from clipdist.data.sets.index import index_folder, open_or_index, split_name
 from clipdist.data.sets.writer import UNFINISHED, ShardSetWriter
-from clipdist.data.shards import BadSample, ShardSet
+from clipdist.data.shards import BadSample, Manifest, ShardSet
 from clipdist.errors import UserError
-from tests.unit.pictures import encoded, picture
-
-PNG = encoded(picture(0))
-JPEG = encoded(picture(1), "JPEG")
-Members = list[tuple[str, bytes]]
-
-
-def plain_tar(path: Path, members: Members, format: int = tarfile.PAX_FORMAT, folders: tuple[str, ...] = ()) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=format) as tar:
-        for name in folders:
-            folder = tarfile.TarInfo(name)
-            folder.type = tarfile.DIRTYPE
-            tar.addfile(folder)
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def pairs(*names: str) -> Members:
-    return [member for name in names for member in ((f"{name}.png", PNG), (f"{name}.txt", f"text {name}".encode()))]
+from tests.unit.tars import JPEG, PNG, pairs, plain_tar
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -88,45 +72,6 @@ def test_samples_without_image_or_caption_are_found_when_read(tmp_path: Path) ->
             split.read(number)
 
 
-def test_members_that_are_not_adjacent_are_refused(tmp_path: Path) -> None:
-    path = plain_tar(tmp_path / "x.tar", [("a.png", PNG), ("b.png", PNG), ("a.txt", b"x")])
-    with pytest.raises(UserError, match=r"x\.tar: the members of sample 'a' are not adjacent; repack this shard"):
-        index_tar(path)
-
-
-@pytest.mark.parametrize(("one", "two"), [("a.png", "a.jpg"), ("a.png", "a.png"), ("a.json", "a.JSON")])
-def test_two_members_of_one_kind_are_refused(one: str, two: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"sample of '{two}' has two (image|json) members; expected one"):
-        index_tar(plain_tar(tmp_path / "x.tar", [(one, b"1"), (two, b"2")]))
-
-
-def test_a_tar_that_ends_early_is_refused_wherever_it_was_cut(tmp_path: Path) -> None:
-    path = plain_tar(tmp_path / "x.tar", pairs("a", "b", "c"))
-    whole = path.read_bytes()
-    _, keys = index_tar(path)
-    assert keys == ["a", "b", "c"]
-    with tarfile.open(path) as tar:
-        starts = [member.offset for member in tar]
-        end = tar.offset
-    for cut in [0, 100, *starts[1:], *(start + 200 for start in starts[1:]), starts[2] + 600, end]:
-        path.write_bytes(whole[:cut])
-        with pytest.raises(UserError, match=r"x\.tar: damaged tar after \d samples .*; restore or repack it"):
-            index_tar(path)
-    path.write_bytes(whole[: end + 512])
-    assert index_tar(path)[1] == keys, "one block of zeros is an end, too"
-
-
-def test_a_damaged_header_does_not_end_a_tar_unseen(tmp_path: Path) -> None:
-    path = plain_tar(tmp_path / "x.tar", pairs("a", "b", "c"))
-    with tarfile.open(path) as tar:
-        third = list(tar)[2].offset
-    data = bytearray(path.read_bytes())
-    data[third + 3] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(UserError, match="damaged tar after 1 samples"):
-        index_tar(path)
-
-
 def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"PK\3\4" + b"a zip file, really" * 100)
     with pytest.raises(UserError, match="damaged tar after 0 samples"):
@@ -146,7 +91,7 @@ def test_an_empty_tar_is_an_empty_shard(tmp_path: Path) -> None:
 def test_a_folder_without_tars_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such folder"):
         index_folder(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"holds no \.tar file"):
+    with pytest.raises(UserError, match=r"holds no \.tar or \.tar\.zst file"):
         index_folder(tmp_path)
     (tmp_path / UNFINISHED).touch()
     with pytest.raises(UserError, match="a packing run was interrupted here"):
@@ -154,29 +99,43 @@ def test_a_folder_without_tars_is_refused(tmp_path: Path) -> None:
 
 
 def packed(folder: Path, zstd: bool) -> Path:
-    with ShardSetWriter(folder, samples_per_shard=2, zstd=zstd, license_text="CC-BY-4.0", sources={"a": "b"}) as out:
+    options: dict[str, Any] = {"license_text": "CC-BY-4.0", "sources": {"a": "b"}}
+    with ShardSetWriter(folder, samples_per_shard=2, zstd=zstd, notes={"view": "x"}, **options) as out:
         for number in range(5):
             out.write("train", f"k{number}", PNG, "png", {"text": "x"})
     return folder
 
 
-def test_indexing_a_packed_set_gives_the_packers_index_and_keeps_its_licence(tmp_path: Path) -> None:
-    folder = packed(tmp_path / "set", zstd=False)
+@pytest.mark.parametrize("zstd", [False, True])
+def test_indexing_a_packed_set_gives_the_packers_index_and_keeps_its_licence(zstd: bool, tmp_path: Path) -> None:
+    folder = packed(tmp_path / "set", zstd=zstd)
     before, old = {p.name: p.read_bytes() for p in folder.glob("*.idx")}, ShardSet.open(folder).manifest
     for path in folder.glob("*.idx"):
         path.unlink()
     new = index_folder(folder)
     assert {p.name: p.read_bytes() for p in folder.glob("*.idx")} == before
-    assert new.digest == old.digest
-    assert (new.license, new.sources) == ("CC-BY-4.0", {"a": "b"})
+    assert (new.digest, new.splits) == (old.digest, old.splits)
+    assert (new.license, new.sources, new.made_by) == ("CC-BY-4.0", {"a": "b"}, old.made_by)
+    assert new.notes.keys() == {"view", "indexed"}
+    assert Manifest.load(folder) == new
 
 
-def test_compressed_shards_are_not_passed_over_in_silence(tmp_path: Path) -> None:
+def test_a_damaged_manifest_is_made_anew(tmp_path: Path) -> None:
+    folder = packed(tmp_path / "set", zstd=False)
+    digest = Manifest.load(folder).digest
+    (folder / "manifest.json").write_text("{")
+    assert index_folder(folder).digest == digest == Manifest.load(folder).digest
+
+
+def test_plain_and_compressed_tars_may_stand_side_by_side(tmp_path: Path) -> None:
     folder = packed(tmp_path / "set", zstd=True)
     shutil.copy(plain_tar(tmp_path / "more-0.tar", pairs("a")), folder)
-    with pytest.raises(UserError, match=r"000\.tar\.zst: a compressed tar .*; unpack it, or pack the set again"):
-        index_folder(folder)
+    index_folder(folder)
     assert ShardSet.open(folder).split("train").read(4).key == "k4"
+    assert ShardSet.open(folder).split("more").read(0).key == "a"
+    plain_tar(folder / "train-000000.tar", pairs("b"))
+    with pytest.raises(UserError, match=r"train-000000\.tar and train-000000\.tar\.zst would share one index"):
+        index_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +146,155 @@ def test_compressed_shards_are_not_passed_over_in_silence(tmp_path: Path) -> Non
         ("cc3m-val_0001.tar", "cc3m-val"),
         ("test.tar", "test"),
         ("v2.1.tar", "v2"),
+        ("val-000001.tar.zst", "val"),
     ],
 )
 def test_the_split_is_what_stands_before_the_number(file: str, split: str) -> None:
     assert split_name(file) == split
+
+
+# Quick again
+
+
+def test_only_what_changed_is_indexed_again(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    def shown(infos: Iterable[Any], total: int) -> Iterator[Any]:
+        done.clear()
+        for info in infos:
+            done.append(info.file)
+            yield info
+        assert len(done) == total
+
+    def states() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+    for number in range(3):
+        plain_tar(tmp_path / f"train-{number}.tar", pairs(f"k{number}"))
+    first = index_folder(tmp_path, shown=shown)
+    assert len(done) == 3
+    before = states()
+    assert index_folder(tmp_path, shown=shown) == first
+    assert (done, states()) == ([], before)
+    plain_tar(tmp_path / "train-1.tar", pairs("other"))
+    os.utime(tmp_path / "train-1.tar", ns=(before["train-1.idx"] + 1,) * 2)
+    second = index_folder(tmp_path, shown=shown)
+    assert done == ["train-1.tar"]
+    assert second.digest != first.digest
+    assert ShardSet.open(tmp_path).split("train").read(1).key == "other"
+    (tmp_path / "train-2.idx").unlink()
+    index_folder(tmp_path, shown=shown)
+    assert done == ["train-2.tar"]
+    old = tmp_path / "train-0.idx"
+    old.write_bytes(b"CDINDEX1" + old.read_bytes()[8:])
+    index_folder(tmp_path, shown=shown)
+    assert done == ["train-0.tar"]
+    index_folder(tmp_path, shown=shown, force=True)
+    assert len(done) == 3
+    (tmp_path / "train-0.tar").unlink()
+    assert [info.file for info in index_folder(tmp_path, shown=shown).splits["train"]] == ["train-1.tar", "train-2.tar"]
+    assert not done
+
+
+def test_the_manifest_is_written_last_and_an_old_one_stands_when_a_tar_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    appeared: list[str] = []
+    replace = os.replace
+
+    def note(source: Any, target: Any) -> None:
+        appeared.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", note)
+    plain_tar(tmp_path / "train-0.tar", pairs("a"))
+    plain_tar(tmp_path / "train-1.tar", pairs("b"))
+    index_folder(tmp_path)
+    assert appeared == ["train-0.idx", "train-1.idx", "manifest.json"]
+    (tmp_path / "train-2.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(UserError, match=r"train-2\.tar: damaged tar"):
+        index_folder(tmp_path)
+    assert len(ShardSet.open(tmp_path).split("train")) == 2
+
+
+def test_several_processes_give_the_same(tmp_path: Path) -> None:
+    for number in range(4):
+        plain_tar(tmp_path / f"train-{number}.tar", pairs(f"k{number}"))
+    one = index_folder(tmp_path, workers=0)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.idx")}
+    assert index_folder(tmp_path, workers=2, force=True).splits == one.splits
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.idx")} == before
+
+
+def test_a_damaged_tar_is_named_by_any_process(tmp_path: Path) -> None:
+    plain_tar(tmp_path / "train-0.tar", pairs("a"))
+    for number in (1, 2):
+        (tmp_path / f"train-{number}.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(UserError, match=r"train-1\.tar: damaged tar"):
+        index_folder(tmp_path, workers=2)
+
+
+def test_a_tar_that_grows_while_it_is_indexed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = plain_tar(tmp_path / "train-0.tar", pairs("a"))
+    real = index.index_tar
+
+    def slow(tar: Path) -> Any:
+        found = real(tar)
+        path.write_bytes(path.read_bytes() + bytes(512))
+        return found
+
+    monkeypatch.setattr(index, "index_tar", slow)
+    with pytest.raises(UserError, match=r"train-0\.tar: changed while it was indexed"):
+        index_folder(tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_flipped_bit_in_a_foreign_tar_is_refused_or_indexed_soundly(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "flipped"
+    path = plain_tar(folder / "train-0.tar", pairs("a", "é" * 60))
+    damaged = bytearray(path.read_bytes())
+    bit = data.draw(st.integers(0, 8 * len(damaged) - 1))
+    damaged[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(damaged)
+    try:
+        keys = index_folder(folder, force=True).splits["train"][0].samples
+    except UserError as error:
+        assert "\n" not in str(error)  # noqa: PT017  (an index that can be made is no failure)
+        return
+    split = ShardSet.open(folder).split("train")
+    for number in range(keys):
+        with contextlib.suppress(BadSample):
+            split.read(number)
+
+
+# Training on what was never indexed
+
+
+def test_training_indexes_first_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain_tar(tmp_path / "train-0.tar", pairs("a"))
+    assert open_or_index(tmp_path, check="none").split("train").read(0).key == "a"
+    assert "holds 1 tars without an index; indexing them first" in caplog.text
+    caplog.clear()
+    assert open_or_index(str(tmp_path)).split("train").check == "sample"
+    assert not caplog.text
+
+
+def test_training_says_why_it_cannot_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="there is no such folder"):
+        open_or_index(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        open_or_index(tmp_path)
+    path = plain_tar(tmp_path / "train-0.tar", [("/a.png", PNG)])
+    with pytest.raises(UserError, match="points outside the archive"):
+        open_or_index(tmp_path)
+    plain_tar(path, pairs("a"))
+    monkeypatch.setattr(os, "access", lambda *arguments: False)
+    with pytest.raises(UserError, match="holds 1 tars without an index, and cannot be written; run clipdist index"):
+        open_or_index(tmp_path)
+    (tmp_path / UNFINISHED).touch()
+    with pytest.raises(UserError, match="so it is unfinished"):
+        open_or_index(tmp_path)

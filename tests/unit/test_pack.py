@@ -5,16 +5,20 @@ import csv
 import errno
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clipdist.data.sets import pack_command
 from clipdist.data.sets.pack import REJECTED, Pair, pack_pairs
-from clipdist.data.sets.writer import ShardSetWriter
+from clipdist.data.sets.recode import ImageOptions
+from clipdist.data.sets.writer import ShardSetWriter, tar_header
 from clipdist.data.shards import MANIFEST, ShardSet, checksum_file
 from clipdist.errors import UserError
 from tests.unit.pictures import encoded, picture
@@ -208,6 +212,36 @@ def test_rows_that_cannot_be_packed_are_listed_with_reasons(
     assert capsys.readouterr().out.splitlines()[-1] == f"rejected: 8 of 41 (19.51%), see {out / REJECTED}"
     assert len(ShardSet.open(out).split("train")) == 33
     assert ShardSet.open(out).manifest.notes["rejected"] == 8
+
+
+@pytest.mark.parametrize(
+    ("check", "found"),
+    [("decode", {"cut", "grey", "text", "large"}), ("header", {"cut", "text", "large"}), ("none", {"text"})],
+)
+def test_each_check_finds_what_it_says(tmp_path: Path, check: str, found: set[str]) -> None:
+    whole = encoded(picture(9, (90, 90)), "JPEG")
+    grey = bytearray(encoded(picture(9, (90, 90))))
+    grey[len(grey) // 2 : len(grey) // 2 + 20] = bytes(20)  # within the pixels: only decoding tells
+    images = {"cut": whole[:-40], "grey": bytes(grey), "text": b"<html>", "large": encoded(picture(1, (200, 200)))}
+    pairs = [Pair(key, data, ["caption"]) for key, data in {**images, "whole": whole}.items()]
+    options = ImageOptions(max_pixels=10_000, check=check)  # type: ignore[arg-type]
+    summary = pack_pairs(
+        {"train": pairs}, tmp_path / "out", images=options, workers=0, max_rejected_fraction=1, quiet=True
+    )
+    assert {rejected.key for rejected in summary.rejected} == found
+    stored = ShardSet.open(tmp_path / "out").split("train")
+    for sample in map(stored.read, range(len(stored))):
+        assert (sample.image, sample.extension) == (
+            {**images, "whole": whole}[sample.key],
+            "jpg" if sample.key in ("whole", "cut") else "png",
+        )
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1), st.integers(0, 9 << 30))
+def test_headers_by_hand_are_those_of_tarfile(name: str, size: int) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = size
+    assert tar_header(name, size) == member.tobuf(tarfile.PAX_FORMAT)
 
 
 def test_too_many_rejected_is_an_error_that_names_three(photos: Path, tmp_path: Path) -> None:

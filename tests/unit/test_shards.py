@@ -1,57 +1,33 @@
-"""Shard sets: what is written is read back, by us and by others; what is damaged is named; what is foreign stays."""
+"""Shard sets: what is written is read back, by us and by others; what is foreign stays."""
 
-import errno
-import io
 import json
 import os
 import pickle
-import random
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import webdataset
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipdist.data import shards
 from clipdist.data.sets.writer import UNFINISHED, ShardSetWriter
 from clipdist.data.shards import (
-    BadSample,
     Manifest,
-    RawSample,
-    ShardFile,
     ShardSet,
     Split,
     checksum_file,
     index_path,
-    write_atomically,
 )
-from clipdist.errors import UserError, disk_errors
+from clipdist.errors import UserError
 from tests.unit.pictures import encoded, picture
+from tests.unit.shard_sets import PNG, first_shard, plain_tar, write_set
 
-PNG = encoded(picture(0))
 LONG = "folder/" * 20 + "x" * 120
-
-
-def write_set(folder: Path, samples: int = 7, per_shard: int = 3, **options: Any) -> Path:
-    """`samples` in the training split, two in the validation split."""
-    options = {"license_text": "CC0-1.0", "command": ["a test"], **options}
-    with ShardSetWriter(folder, samples_per_shard=per_shard, **options) as out:
-        for number in range(samples):
-            out.write(
-                "train", f"s{number}", encoded(picture(number)), "png", {"text": f"caption {number}", "n": number}
-            )
-        for number in range(2):
-            out.write("val", f"v{number}", PNG, "PNG", {"text": [f"één {number}", "zwei"]})
-    return folder
 
 
 def break_off(folder: Path, error: Exception, **options: Any) -> None:
@@ -72,10 +48,6 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def copy(made: Path, tmp_path: Path) -> Path:
     """The same set, to be damaged."""
     return shutil.copytree(made, tmp_path / "copy")
-
-
-def first_shard(folder: Path) -> Path:
-    return next(path for path in sorted(folder.iterdir()) if ".tar" in path.name)
 
 
 def test_every_sample_comes_back(made: Path) -> None:
@@ -111,16 +83,8 @@ def test_the_manifest_states_sizes_checksums_and_origin(made: Path) -> None:
     }
 
 
-def plain_tar(shard: Path) -> io.BytesIO:
-    data = shard.read_bytes()
-    if shard.suffix == ".zst":
-        with zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True) as reader:
-            data = reader.read()
-    return io.BytesIO(data)
-
-
 def test_python_and_gnu_tar_read_a_shard(made: Path) -> None:
-    expected = [name for n in range(3) for name in (f"s{n}.png", f"s{n}.json")]
+    expected = [f"s{n}.{suffix}" for n in range(3) for suffix in ("png", "json", "txt")]
     shard = first_shard(made)
     with tarfile.open(fileobj=plain_tar(shard), mode="r:") as tar:
         assert tar.getnames() == expected
@@ -273,231 +237,6 @@ def test_shards_hold_at_least_one_sample(tmp_path: Path) -> None:
         ShardSetWriter(tmp_path, samples_per_shard=0)
 
 
-# Damage
-
-
-def test_a_truncated_shard_is_named(copy: Path) -> None:
-    shard = first_shard(copy)
-    size = shard.stat().st_size
-    os.truncate(shard, size - 700)
-    with pytest.raises(UserError, match=rf"{shard.name}: found {size - 700} bytes where its index expects {size}"):
-        ShardSet.open(copy).split("train").read(0)
-
-
-def test_an_index_of_another_size_is_named(copy: Path) -> None:
-    index = index_path(first_shard(copy))
-    os.truncate(index, index.stat().st_size - 1)
-    with pytest.raises(UserError, match=rf"{index.name}: found .* expected .*run: clipdist index"):
-        ShardSet.open(copy).split("train").read(0)
-    index.write_bytes(b"\0" * 200)
-    with pytest.raises(UserError, match=r"not a shard index; run: clipdist index"):
-        ShardSet.open(copy).split("train").read(0)
-    index.write_bytes(b"short")
-    with pytest.raises(UserError, match=r"not a shard index; run: clipdist index"):
-        ShardSet.open(copy).split("train").read(0)
-
-
-@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_a_missing_shard_or_index_is_named(copy: Path) -> None:
-    shard = first_shard(copy)
-    shard.rename(copy / "aside")
-    split = ShardSet.open(copy).split("train")
-    with pytest.raises(UserError, match=f"{shard.name}: named by the manifest but missing"):
-        split.read(0)
-    assert split.read(3).key == "s3"
-    index_path(shard).unlink()
-    with pytest.raises(UserError, match=r"000\.idx: the index is missing; run: clipdist index"):
-        split.read(0)
-
-
-def test_a_refused_shard_closes_its_file_once(copy: Path) -> None:
-    """A second close would hit whichever file got the same number meanwhile."""
-    shard = first_shard(copy)
-    os.truncate(shard, 100)
-    with pytest.raises(UserError, match="truncated") as caught:
-        ShardFile(shard)
-    with open(copy / "manifest.json", "rb") as other:
-        caught.value.__traceback__ = None
-        del caught
-        os.fstat(other.fileno())
-
-
-def test_an_index_of_another_shard_is_named(copy: Path) -> None:
-    shard = first_shard(copy)
-    last = shard.with_name(shard.name.replace("000000", "000002"))
-    shutil.copy(last, shard)
-    shutil.copy(index_path(last), index_path(shard))
-    with pytest.raises(UserError, match=r"its index holds 1 samples, the manifest 3; run: clipdist index"):
-        ShardSet.open(copy).split("train").read(0)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda text: text.replace('"version": 1', '"version": 2'), "version 2, expected 'clipdist-shards' version 1"),
-        (lambda text: text.replace("clipdist-shards", "other"), "found format 'other'"),
-        (lambda text: text[: len(text) // 2], r"damaged \(JSONDecodeError"),
-        (lambda text: "[]", r"damaged \(TypeError"),
-        (lambda text: text.replace('"license"', '"licence"'), r"damaged \(KeyError"),
-        (lambda text: text.replace('"samples": 3,', '"sample": 3,'), r"damaged \(TypeError"),
-        (lambda text: '{"format": "clipdist-shards", "version": 1, "splits": []}', r"damaged \(AttributeError"),
-    ],
-)
-def test_a_damaged_manifest_is_named(change: Callable[[str], str], message: str, copy: Path) -> None:
-    path = copy / "manifest.json"
-    path.write_text(change(path.read_text()))
-    with pytest.raises(UserError, match=message):
-        ShardSet.open(copy)
-
-
-def test_a_manifest_that_is_no_text_is_named(copy: Path) -> None:
-    (copy / "manifest.json").write_bytes(b'{"format": "\xff\xfe"}')
-    with pytest.raises(UserError, match=r"manifest.json: damaged \(UnicodeDecodeError"):
-        ShardSet.open(copy)
-
-
-def test_a_folder_or_a_split_that_is_not_there_is_named(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no such folder"):
-        ShardSet.open(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"no split 'test'; it has 'train', 'val'"):
-        ShardSet.open(made).split("test")
-
-
-def test_a_flipped_bit_in_a_zstd_frame_is_a_bad_sample(tmp_path: Path) -> None:
-    """No flip may pass as another picture; the few bits that carry nothing may leave the sample as it was."""
-    folder = write_set(tmp_path / "set", samples=1, zstd=True)
-    shard = folder / "train-000000.tar.zst"
-    sound, whole = shard.read_bytes(), ShardSet.open(folder).split("train").read(0)
-    frame = int(ShardFile(shard).index.records[0]["frame_size"])
-    places = [*range(8 * 20), *random.Random(0).sample(range(8 * 20, 8 * frame), 200)]
-    refused = 0
-    for bit in places:
-        damaged = bytearray(sound)
-        damaged[bit // 8] ^= 1 << bit % 8
-        shard.write_bytes(damaged)
-        try:
-            assert ShardSet.open(folder).split("train").read(0) == whole, f"bit {bit} changed the sample unseen"
-        except BadSample:
-            refused += 1
-    assert refused > len(places) * 0.9
-
-
-def test_a_flipped_bit_in_an_index_never_crashes_a_reader(copy: Path) -> None:
-    index = index_path(first_shard(copy))
-    sound, bits = index.read_bytes(), random.Random(1)
-    for bit in [8 * 64 + bits.randrange(8 * (len(sound) - 64)) for _ in range(300)]:
-        damaged = bytearray(sound)
-        damaged[bit // 8] ^= 1 << bit % 8
-        index.write_bytes(damaged)
-        split = ShardSet.open(copy).split("train")
-        for number in range(3):
-            with suppress(BadSample, UserError):
-                assert isinstance(split.read(number), RawSample)
-
-
-@pytest.mark.parametrize(
-    ("info", "message"),
-    [
-        (b'{"text": ', "unreadable caption"),
-        (b"[1]", "holds a list, expected an object"),
-        (b'{"text": 5}', "must be a string or a list of strings"),
-        (b'{"text": ["a", 5]}', "must be a string or a list of strings"),
-        (b'{"text": "\xff"}', "unreadable caption"),
-        (b'{"n": ' + b"1" * 5000 + b"}", "unreadable caption"),
-        (b"[" * 100_000, "unreadable caption"),
-    ],
-)
-def test_an_unreadable_caption_is_a_bad_sample(info: bytes, message: str) -> None:
-    with pytest.raises(BadSample, match=message):
-        shards._parse_texts(info, b"")
-
-
-def test_captions_come_from_json_or_else_from_text() -> None:
-    assert shards._parse_texts(b'{"text": " a ", "x": 1}', b"b") == ({"x": 1}, ["a"])
-    assert shards._parse_texts(b'{"text": ["a", " ", "b"]}', b"") == ({}, ["a", "b"])
-    assert shards._parse_texts(b'{"text": ""}', b" b\n") == ({}, ["b"])
-    assert shards._parse_texts(b"", b"") == ({}, [])
-
-
-# A full disk
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("mounting a small file system needs rights that this machine does not give")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-@pytest.mark.parametrize("size", [100, 3_000, 100_000])
-def test_a_really_full_disk_is_one_line_for_the_user(size: int, small_disk: Path) -> None:
-    """With small images the failing write comes late, out of a buffer; closing the file then fails once more."""
-    noise = np.random.default_rng(0).bytes(size)
-
-    def fill() -> None:
-        with ShardSetWriter(small_disk / "set", zstd=True) as out:
-            for number in range(700):
-                out.write("train", f"s{number}", noise, "png", {"text": "x"})
-
-    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); free some space"):
-        fill()
-    assert not (small_disk / "set" / "manifest.json").exists()
-    # Space again: the same call clears the rest and succeeds.
-    write_set(small_disk / "set", samples=1)
-
-
-@pytest.mark.parametrize(
-    ("number", "message"),
-    [(errno.ENOSPC, "free some space"), (errno.EDQUOT, "free some space"), (errno.EROFS, "choose another folder")],
-)
-@pytest.mark.parametrize("after", [0, 1, 3])
-def test_disk_errors_at_any_sync_are_one_line(
-    number: int, message: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, calls = os.fsync, iter(range(1000))
-
-    def fsync(descriptor: int) -> None:
-        if next(calls) >= after:
-            raise OSError(number, os.strerror(number))
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(UserError, match=message):
-        write_set(tmp_path / "set")
-    assert not (tmp_path / "set" / "manifest.json").exists()
-    monkeypatch.undo()
-    assert len(ShardSet.open(write_set(tmp_path / "set")).split("train")) == 7
-
-
-def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "set").write_text("")
-    with pytest.raises(UserError, match=r"set: cannot be written \(File exists\); choose another folder"):
-        write_set(tmp_path / "set")
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "full")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="full"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-
-
-def test_other_errors_are_left_as_they_are(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="boom"), disk_errors(tmp_path):
-        raise OSError(errno.EIO, "boom")
-
-
 # Splits
 
 
@@ -573,7 +312,10 @@ def test_any_key_and_caption_survive(
         for info in split.shards
         for name in tarfile.open(fileobj=plain_tar(folder / info.file), mode="r:").getnames()  # noqa: SIM115
     ]
-    assert found == [name for key in samples for name in (f"{key}.png", f"{key}.json")]
+    expected = []
+    for key, texts in samples.items():
+        expected += [f"{key}.png", f"{key}.json", *([f"{key}.txt"] if any(map(str.strip, texts)) else [])]
+    assert found == expected
 
 
 def test_a_very_long_key_survives_in_every_reader(tmp_path: Path) -> None:

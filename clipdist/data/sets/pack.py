@@ -1,7 +1,6 @@
 """Image-text pairs -> a shard set: every image verified, every pair that cannot be packed listed with its reason."""
 
 import csv
-import errno
 import io
 import multiprocessing
 import os
@@ -10,22 +9,25 @@ import re
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from clipdist.data.sets.recode import ImageOptions, UnusableImage, recode_all
 from clipdist.data.sets.writer import ShardSetWriter
 from clipdist.data.shards import write_atomically
-from clipdist.errors import UserError
+from clipdist.errors import UserError, disk_errors
 from clipdist.progress import progress
 
 REJECTED = "rejected.csv"
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 CHUNK = 4  # images handed to a worker at once: small, because results wait in memory for their turn
 
 
@@ -112,6 +114,7 @@ def pack_pairs(
     *,
     images: ImageOptions | None = None,
     samples_per_shard: int = 1000,
+    shard_mib: float | None = None,
     zstd: bool = False,
     workers: int | None = None,
     license_text: str = "",
@@ -129,10 +132,10 @@ def pack_pairs(
 
     Within each split the samples are shuffled once with `seed`, so that a shard is not one class (`shuffle=False`
     keeps their order). `workers` processes decode and encode; None takes one for each available core, 0 uses this
-    process. Pairs without a caption, with a key that was there before, or with an image that is missing, damaged or too
-    large are left out and listed in `folder/rejected.csv` (row, key, image, reason), after the ones given as
-    `rejected`. Raises `UserError`, and leaves no manifest, when nothing is left, when more than `max_rejected_fraction`
-    of all pairs are rejected, and when the disk is full.
+    process, as does packing that decodes nothing. Pairs without a caption, with a key that was there before, or with an
+    image that is missing, damaged or too large are left out and listed in `folder/rejected.csv` (row, key, image,
+    reason), after the ones given as `rejected`. Raises `UserError`, and leaves no manifest, when nothing is left, when
+    more than `max_rejected_fraction` of all pairs are rejected, and when the disk is full.
 
     As with any use of processes, a script that calls this with workers needs `if __name__ == "__main__":`.
     """
@@ -141,14 +144,17 @@ def pack_pairs(
         raise UserError(f"largest rejected fraction: found {max_rejected_fraction}, expected 0 to 1")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; expected a folder, or a name that is free")
-    refused = _Refused(folder, list(rejected), max_rejected_fraction)
+    refused = Refused(folder, list(rejected), max_rejected_fraction)
     refused.total = len(refused.found) + sum(map(len, pairs_by_split.values()))
     jobs = _usable(pairs_by_split, refused, seed, shuffle)
-    tally = _Tally(dict.fromkeys(pairs_by_split, 0))
-    workers = min(available_cores() if workers is None else workers, -(-len(jobs) // CHUNK))
+    tally = Tally(dict.fromkeys(pairs_by_split, 0))
+    # Where nothing is decoded, handing images from process to process costs more than it saves.
+    workers = available_cores() if workers is None else workers
+    workers = min(workers, -(-len(jobs) // CHUNK)) if images.decodes else 0
     writer = ShardSetWriter(
         folder,
         samples_per_shard=samples_per_shard,
+        shard_mib=shard_mib,
         zstd=zstd,
         license_text=license_text,
         command=command,
@@ -156,9 +162,9 @@ def pack_pairs(
         notes={**(notes or {}), "images": asdict(images), "order_seed": seed if shuffle else None},
         overwrite=overwrite,
     )
-    results = _recoded([pair for _, pair in jobs], images, workers)
+    results = in_order(partial(recode_all, options=images), [pair.image for _, pair in jobs], workers)
     # Closed, so that an error here ends the workers at once rather than with the last reference to the traceback.
-    with _disk_errors(folder, tally, len(jobs)), writer, closing(results):
+    with disk_errors(folder, lambda: needed(tally.total, len(jobs), tally.bytes)), writer, closing(results):
         refused.check()
         shown = progress(jobs, unit="pair", description=f"packing {folder.name}", quiet=quiet)
         for (split, pair), result in zip(shown, results, strict=True):
@@ -178,12 +184,18 @@ def pack_pairs(
     return PackSummary(folder, tally.samples, shards, written, tally.units(), tally.straddling(), refused.found)
 
 
+def needed(done: int, total: int, size: int) -> str:
+    """How much a set of `total` samples is likely to need, of which `done` took `size` bytes."""
+    need = f"about {size * total / done / 2**20:,.0f} MiB" if done else "an unknown amount"
+    return f"after {done:,} of {total:,} samples; the whole set needs {need}"
+
+
 def available_cores() -> int:
     """Cores this process may use: a SLURM step or a container may have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Refused:
+class Refused:
     """The rejected pairs so far, and the limit at which packing is given up."""
 
     def __init__(self, folder: Path, found: list[Rejected], limit: float) -> None:
@@ -221,7 +233,7 @@ class _Refused:
 
 
 @dataclass
-class _Tally:
+class Tally:
     samples: dict[str, int]
     bytes: int = 0
     splits_of_unit: dict[Any, int] = field(default_factory=dict)  # one bit for each split
@@ -251,7 +263,7 @@ class _Tally:
 
 
 def _usable(
-    pairs_by_split: Mapping[str, Sequence[Pair]], refused: _Refused, seed: int, shuffle: bool
+    pairs_by_split: Mapping[str, Sequence[Pair]], refused: Refused, seed: int, shuffle: bool
 ) -> list[tuple[str, Pair]]:
     """Pairs with a caption and a key of their own, in the order they will be written."""
     keys: set[str] = set()
@@ -275,21 +287,24 @@ def _usable(
     return jobs
 
 
-def _recoded(
-    pairs: list[Pair], options: ImageOptions, workers: int
-) -> Generator[tuple[bytes, str] | UnusableImage, None, None]:
-    """What to store for each pair, in order; at most a few chunks for each worker are under way or waiting."""
-    chunks = ([pair.image for pair in pairs[at : at + CHUNK]] for at in range(0, len(pairs), CHUNK))
+def in_order(
+    work: Callable[[list[Item]], list[Result]], items: Sequence[Item], workers: int
+) -> Generator[Result, None, None]:
+    """`work` on all items, a chunk at a time, by `workers` processes (0: this one); the results in the items' order.
+
+    At most a few chunks for each worker are under way or waiting. Raises `UserError` when a process is killed.
+    """
+    chunks = (list(items[at : at + CHUNK]) for at in range(0, len(items), CHUNK))
     if workers <= 0:
         for chunk in chunks:
-            yield from recode_all(chunk, options)
+            yield from work(chunk)
         return
     # Spawned, not forked: a forked copy of a process with threads (torch, OpenMP) may hang.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    under_way: deque[Future[list[tuple[bytes, str] | UnusableImage]]] = deque()
+    under_way: deque[Future[list[Result]]] = deque()
     try:
         for chunk in chunks:
-            under_way.append(pool.submit(recode_all, chunk, options))
+            under_way.append(pool.submit(work, chunk))
             if len(under_way) >= 3 * workers:
                 yield from under_way.popleft().result()
         while under_way:
@@ -314,27 +329,6 @@ def _start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-class _disk_errors:
-    """One line for a folder that cannot be written; for a full disk, with how much the whole set is likely to need."""
-
-    def __init__(self, folder: Path, tally: _Tally, jobs: int) -> None:
-        self.folder, self.tally, self.jobs = folder, tally, jobs
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        cause = error.__cause__ if isinstance(error, UserError) else error
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            done = self.tally.total
-            need = f"about {self.tally.bytes * self.jobs / done / 2**20:,.0f} MiB" if done else "an unknown amount"
-            raise UserError(
-                f"{self.folder}: no space left on this disk, or its quota is used up, after {done:,} of {self.jobs:,} "
-                f"samples; the whole set needs {need}; free some or choose another folder"
-            ) from cause
-        if error is cause and isinstance(cause, OSError):
-            raise UserError(f"{self.folder}: cannot be written ({cause.strerror}); choose another folder") from cause
 
 
 def _counted(count: int, unit: str) -> str:

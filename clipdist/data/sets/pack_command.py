@@ -69,10 +69,18 @@ def add_packing_arguments(
     )
     images.add_argument("--format", choices=("keep", "jpg", "png", "webp"), default=format, help=f"default: {format}")
     images.add_argument("--quality", type=int, default=quality, help=f"of JPEG and WebP (default: {quality})")
+    images.add_argument(
+        "--check",
+        choices=("decode", "header", "none"),
+        default="decode",
+        help="of images that keep their bytes: decode them, read their header and look for their end, or nothing "
+        "(default: decode, which alone finds all damage, and once is cheaper than in every epoch)",
+    )
     images.add_argument("--max-pixels", type=int, default=89_478_485, help="larger images are rejected undecoded")
     shards = parser.add_argument_group("how shards are written")
-    shards.add_argument("--samples-per-shard", type=int, default=1000, help="default: 1000")
-    shards.add_argument("--zstd", action="store_true", help="compress each sample: .tar.zst")
+    shards.add_argument("--samples-per-shard", type=int, help="default: 1000, or as many as --shard-mib allows")
+    shards.add_argument("--shard-mib", type=float, metavar="MIB", help="a shard ends when it has reached this size")
+    shards.add_argument("--zstd", action=argparse.BooleanOptionalAction, help="compress each sample: .tar.zst")
     shards.add_argument("--workers", type=int, help="processes (default: one per core; 0: none but this)")
     shards.add_argument("--seed", type=int, default=0, help="of splits and of the order within them (default: 0)")
     shards.add_argument(
@@ -89,10 +97,14 @@ def packing_options(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--workers: found {args.workers}, expected 0 or more")
     if args.seed < 0:
         raise UserError(f"--seed: found {args.seed}, expected 0 or more")
+    samples = args.samples_per_shard
+    if samples is None:
+        samples = 1000 if args.shard_mib is None else 1 << 40
     return {
-        "images": ImageOptions(args.side, args.format, args.quality, args.max_pixels),
-        "samples_per_shard": args.samples_per_shard,
-        "zstd": args.zstd,
+        "images": ImageOptions(args.side, args.format, args.quality, args.max_pixels, args.check),
+        "samples_per_shard": samples,
+        "shard_mib": args.shard_mib,
+        "zstd": bool(args.zstd),
         "workers": args.workers,
         "seed": args.seed,
         "max_rejected_fraction": args.max_rejected,
@@ -124,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--split and --split-column exclude each other; leave one out")
     if args.stratify_by and not args.split:
         raise UserError("--stratify-by needs --split NAME=FRACTION ...")
-    fractions = parse_fractions(args.split or ["train=1"])
+    fractions = parse_fractions(args.split) if args.split else {"train": 1.0}
     options = packing_options(args)
     try:
         license_text = args.license_file.read_text(encoding="utf-8") if args.license_file else ""

@@ -1,4 +1,4 @@
-"""One image file's bytes -> the bytes to store: verified by a full decode, resized and re-encoded only where asked.
+"""One image file's bytes -> the bytes to store: verified as asked, resized and re-encoded only where asked.
 
 Light on purpose (Pillow and the standard library): every worker process imports it.
 """
@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from PIL import Image, ImageOps
 
+from clipdist.data.images.header import extension_of, header_of
 from clipdist.errors import UserError
 
 # Pillow's name of a format -> the extension it is stored under. MPO is what some phones write: JPEGs in a row, which
@@ -30,6 +31,9 @@ ENCODERS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # older Pillow opens a 16-bit PNG as I
 
 
+Check = Literal["decode", "header", "none"]
+
+
 class UnusableImage(Exception):
     """This image cannot be packed; the message says why."""
 
@@ -45,12 +49,16 @@ class ImageOptions:
     An image that needs neither resizing nor another format keeps its bytes, metadata included. One that is encoded
     anew is first turned upright by its EXIF orientation, and loses all metadata; in JPEG transparency becomes white.
     Of 16 bits of grey PNG keeps all, JPEG and WebP the upper 8.
+
+    `check` is for images that keep their bytes: `decode` finds all damage, `header` what is no image, too large or cut
+    short, `none` looks at the first bytes for the format alone. Those encoded anew are decoded in any case.
     """
 
     side: int | None = None
     format: Literal["keep", "jpg", "png", "webp"] = "keep"
     quality: int = 92
     max_pixels: int = 89_478_485  # where Pillow, too, begins to suspect a decompression bomb
+    check: Check = "decode"
 
     def __post_init__(self) -> None:
         if self.side is not None and self.side < 1:
@@ -59,8 +67,15 @@ class ImageOptions:
             raise UserError(f"image format: found {self.format!r}, expected one of keep, {', '.join(ENCODERS)}")
         if not 1 <= self.quality <= 100:
             raise UserError(f"image quality: found {self.quality}, expected 1 to 100")
+        if self.check not in get_args(Check):
+            raise UserError(f"check of images: found {self.check!r}, expected one of {', '.join(get_args(Check))}")
         if self.max_pixels < 1:
             raise UserError(f"largest image: found {self.max_pixels} pixels, expected at least 1")
+
+    @property
+    def decodes(self) -> bool:
+        """Whether images are decoded, so that more processes help."""
+        return self.check == "decode" or self.side is not None or self.format != "keep"
 
 
 def recode(source: Path | bytes, options: ImageOptions) -> tuple[bytes, str]:
@@ -68,6 +83,8 @@ def recode(source: Path | bytes, options: ImageOptions) -> tuple[bytes, str]:
     data = source if isinstance(source, bytes) else _read(source)
     if not data:
         raise UnusableImage("empty file")
+    if not options.decodes and (extension := _as_it_is(data, options)):
+        return data, extension
     with _quiet_pillow():
         try:
             return _recode(data, options)
@@ -95,22 +112,41 @@ def recode_all(sources: list[Path | bytes], options: ImageOptions) -> list[tuple
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise UnusableImage("missing image file") from None
     except OSError as error:
         raise UnusableImage(f"unreadable image file: {error.strerror}") from None
 
 
+def _as_it_is(data: bytes, options: ImageOptions) -> str | None:
+    """The extension of an image that passes without a decoder; None where Pillow must have a look."""
+    if options.check == "none":
+        return extension_of(data)
+    header = header_of(data)
+    if header is None:
+        return None
+    _check_size(header.width, header.height, options)
+    if not header.whole:
+        raise UnusableImage("cut short: its end is missing")
+    return header.extension
+
+
+def _check_size(width: int, height: int, options: ImageOptions) -> None:
+    if width * height > options.max_pixels:
+        raise UnusableImage(f"too large: {width} x {height} pixels, above the limit of {options.max_pixels}")
+
+
 def _recode(data: bytes, options: ImageOptions) -> tuple[bytes, str]:
     image: Image.Image = Image.open(io.BytesIO(data))
     width, height = image.size
-    if width * height > options.max_pixels:
-        raise UnusableImage(f"too large: {width} x {height} pixels, above the limit of {options.max_pixels}")
+    _check_size(width, height, options)
     stored = STORED_AS_IT_IS.get(image.format or "")
     resize = options.side is not None and min(width, height) > options.side
     if not resize and stored and options.format in ("keep", stored):
-        image.load()
+        if options.check == "decode":
+            image.load()
         return data, stored
     if options.format == "keep":
         extension = stored if stored in ENCODERS else "png"

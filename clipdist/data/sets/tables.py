@@ -16,7 +16,6 @@ import xxhash
 
 from clipdist.data.sets.pack import SPLIT_NAME, Pair, Rejected
 from clipdist.errors import UserError
-from clipdist.prepare.splits import check_fractions, split_by
 
 TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".parquet", ".xlsx")
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
@@ -139,6 +138,8 @@ def split_pairs(
     Units are the field `unit`; a pair without one is its own unit. Proportions are kept of the field `label`, or of
     `stratify`, which maps a pair's row to a label.
     """
+    from clipdist.prepare.splits import check_fractions, split_by  # brings scikit-learn, which takes seconds
+
     fractions = check_fractions(fractions)
     if len(pairs) < len(fractions):
         raise UserError(f"split: found {len(pairs)} usable pairs for the splits {', '.join(fractions)}")

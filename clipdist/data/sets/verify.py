@@ -1,247 +1,327 @@
-"""The shard doctor: what is damaged in a set, and what leaks between its splits.
+"""The shard doctor: what is damaged in a set, what leaks between its splits, and what is in it twice.
 
 Damage: a checksum, an index or an archive that does not hold, an image that does not decode, a missing caption, a key
-used twice. Leaks: a unit, or a picture (equal bytes, or equal to the eye), on both sides of a split.
+used twice. Leaks: a unit, or a picture (equal bytes, or equal to the eye), on both sides of a split. Notes: pictures
+that a split holds more than once.
+
+What each shard told is appended to a state file as soon as it is known, so that the next run examines only shards that
+are new, changed or unfinished. Of each sample 32 bytes are held, whatever the size of the set.
 """
 
-import logging
-from collections import defaultdict
+import json
+import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from itertools import combinations
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
-from PIL import Image
 
-from clipdist.data.images.decode import open_image, to_rgb
-from clipdist.data.sets.index import index_tar
-from clipdist.data.shards import BadSample, ShardFile, ShardInfo, ShardSet, checksum_file
-from clipdist.errors import UserError
+from clipdist.data.sets.duplicates import groups_of_equal, search_near
+from clipdist.data.sets.examine import LISTED, Facts, Finding, Findings, examine
+from clipdist.data.shard_index import MAGIC
+from clipdist.data.shards import FORMAT_VERSION, BadSample, ShardFile, ShardInfo, ShardSet, index_path
+from clipdist.errors import UserError, disk_errors
+from clipdist.user_cache import user_cache
 
-logger = logging.getLogger(__name__)
+# In a set's own folder; a set that cannot be written to has its state in the user's cache folder.
+STATE = ".verify.jsonl"
+STATE_VERSION = 1
 
-# Bits in which two 64-bit difference hashes may differ and still count as one picture to the eye.
-NEAR_BITS = 3
-# A bucket of the near-duplicate search beyond this holds flat pictures whose hash says nothing.
-MAX_BUCKET = 2000
-MAX_IMAGE_PIXELS = 89_478_485
-
-
-@dataclass(frozen=True)
-class Finding:
-    """`kind` is one of `KINDS`; `where` names shard and key."""
-
-    kind: str
-    where: str
-    what: str
-
-
-# kind: is it damage (True) or a leak between splits (False)
-KINDS = {
-    "checksum": True,
-    "structure": True,
-    "image": True,
-    "caption": True,
-    "duplicate key": True,
-    "unit straddles": False,
-    "duplicate image straddles": False,
-    "near-duplicate image straddles": False,
+Severity = Literal["damage", "leak", "note"]
+KINDS: dict[str, Severity] = {
+    "checksum": "damage",
+    "structure": "damage",
+    "image": "damage",
+    "caption": "damage",
+    "duplicate key": "damage",
+    "unit straddles": "leak",
+    "duplicate image straddles": "leak",
+    "near-duplicate image straddles": "leak",
+    "duplicate image": "note",
+    "near-duplicate image": "note",
+    "too many look alike": "note",
 }
 
-
-@dataclass
-class Facts:
-    """What one shard told."""
-
-    split: str
-    findings: list[Finding] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    units: list[str | None] = field(default_factory=list)
-    image_hashes: list[int] = field(default_factory=list)
-    looks: list[int] = field(default_factory=list)
+Shown = Callable[[Iterable[Facts], int], Iterable[Facts]]
 
 
 @dataclass
 class Diagnosis:
+    """What was found. `listed` holds at most 10,000 findings of a kind, 200 of a kind and shard; counts are exact.
+    `resumed` shards had been examined by an earlier run."""
+
     samples: int
     shards: int
-    findings: list[Finding]
+    found: dict[str, int]
+    listed: list[Finding]
+    resumed: int = 0
+    quick: bool = False
 
     @property
     def damaged(self) -> bool:
-        return any(KINDS[finding.kind] for finding in self.findings)
+        return any(KINDS[kind] == "damage" for kind, number in self.counts().items() if number)
 
     def counts(self) -> dict[str, int]:
-        return {kind: sum(finding.kind == kind for finding in self.findings) for kind in KINDS}
+        return {kind: self.found.get(kind, 0) for kind in KINDS}
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "samples": self.samples,
             "shards": self.shards,
+            "quick": self.quick,
             "damaged": self.damaged,
             "counts": self.counts(),
-            "findings": [vars(finding) for finding in self.findings],
+            "severity": KINDS,
+            "findings": [asdict(finding) for finding in self.listed],
         }
 
     def summary(self, shown: int = 5) -> str:
-        lines = [f"{self.samples:,} samples in {self.shards:,} shards"]
+        examined = " (structure and checksums only)" if self.quick else ""
+        lines = [f"{self.samples:,} samples in {self.shards:,} shards{examined}"]
         for kind, number in self.counts().items():
             if number:
-                lines.append(f"{'damage' if KINDS[kind] else 'leak'}: {kind}: {number:,}")
-                some = [finding for finding in self.findings if finding.kind == kind][:shown]
+                lines.append(f"{KINDS[kind]}: {kind}: {number:,}")
+                some = [finding for finding in self.listed if finding.kind == kind][:shown]
                 lines += [f"    {finding.where}: {finding.what}" for finding in some]
-                lines += [f"    … and {number - shown:,} more"] if number > shown else []
-        if len(lines) == 1:
+                lines += [f"    … and {number - len(some):,} more"] if number > len(some) else []
+        if all(KINDS[kind] == "note" for kind, number in self.counts().items() if number):
             lines.append("sound: nothing damaged, nothing on both sides of a split")
         return "\n".join(lines)
 
 
 def verify_set(
-    folder: Path, *, workers: int = 2, shown: Callable[[Iterable[Facts], int], Iterable[Facts]] = lambda f, n: f
+    folder: Path,
+    *,
+    workers: int = 2,
+    quick: bool = False,
+    state: Path | None = None,
+    again: bool = False,
+    shown: Shown = lambda facts, total: facts,
 ) -> Diagnosis:
-    """Reads and decodes everything once. `shown` wraps the stream of shard results to report progress.
+    """Reads and decodes everything once; `quick` leaves out decoding, and with it damaged images and looks-alike.
 
-    Raises `UserError` when there is no manifest to compare with.
+    Shards whose results stand in the state file, and that are unchanged since, are not read; `again` examines them
+    too. `state` is by default `.verify.jsonl` in the folder, or lies in the user's cache folder when the set cannot be
+    written to. `shown` wraps the stream of results, with their number, to report progress. Raises `UserError` when
+    there is no manifest to compare with, and when a worker process is killed; what was done is kept.
     """
     shard_set = ShardSet.open(folder)
     shards = [(split, info) for split, infos in shard_set.manifest.splits.items() for info in infos]
-    if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            facts = list(shown(pool.map(examine, *_columns(folder, shards)), len(shards)))
-    else:
-        facts = list(shown(map(examine, *_columns(folder, shards)), len(shards)))
-    findings = [finding for one in facts for finding in one.findings]
-    findings += _twice(facts)
-    findings += _straddling(facts)
-    return Diagnosis(sum(len(one.keys) for one in facts), len(shards), findings)
+    path = state_path(folder) if state is None else state
+    facts = {} if again else _resumed(path, folder, shards, quick)
+    resumed = len(facts)
+    left = [shard for shard in shards if shard[1].file not in facts]
+    infos = {info.file: info for _, info in left}
+    with _State(path, folder) as results:
+        for one in shown(_examined(folder, left, workers, quick, len(shards)), len(left)):
+            facts[one.file] = one
+            results.append(one, infos[one.file], quick)
+    in_order = [facts[info.file] for _, info in shards]
+    findings = _compared(folder, in_order, quick)
+    samples = sum(one.samples for one in in_order)
+    return Diagnosis(samples, len(shards), dict(findings.counts), findings.listed, resumed, quick)
 
 
-def _columns(folder: Path, shards: list[tuple[str, ShardInfo]]) -> tuple[list[Path], list[str], list[ShardInfo]]:
-    return [folder] * len(shards), [split for split, _ in shards], [info for _, info in shards]
+# The state file: one line of JSON for each shard.
 
 
-def examine(folder: Path, split: str, info: ShardInfo) -> Facts:
-    """Everything about one shard."""
-    facts, path = Facts(split), folder / info.file
+def state_path(folder: Path) -> Path:
+    """Where the results of examining `folder` are kept by default."""
+    if os.access(folder, os.W_OK):
+        return folder / STATE
+    name = xxhash.xxh3_128_hexdigest(str(folder.absolute()).encode(errors="surrogateescape"))
+    return user_cache("verify") / f"{name}.jsonl"
+
+
+def _stamp(folder: Path, split: str, info: ShardInfo) -> dict[str, Any] | None:
+    """What a result is tied to; None when the shard or its index is missing."""
     try:
-        if (found := checksum_file(path)) != info.xxh3_64:
-            facts.findings.append(Finding("checksum", info.file, f"found {found}, the manifest has {info.xxh3_64}"))
-        shard = ShardFile(path)
-    except (UserError, OSError) as error:
-        facts.findings.append(Finding("structure", info.file, str(error)))
-        return facts
-    if shard.index.samples != info.samples:
-        what = f"{shard.index.samples} samples in the index, {info.samples} in the manifest"
-        facts.findings.append(Finding("structure", info.file, what))
-    if not shard.index.zstd:
-        facts.findings += _index_faults(path, shard)
-    for row in range(shard.index.samples):
-        _examine_sample(shard, row, info.file, facts)
-    return facts
+        tar, index = (folder / info.file).stat(), index_path(folder / info.file).stat()
+    except OSError:
+        return None
+    return {
+        "version": [STATE_VERSION, FORMAT_VERSION, MAGIC.decode()],
+        "split": split,
+        "manifest": asdict(info),
+        "tar": [tar.st_size, tar.st_mtime_ns],
+        "index": [index.st_size, index.st_mtime_ns],
+    }
 
 
-def _index_faults(path: Path, shard: ShardFile) -> Iterator[Finding]:
-    """Compares the index with what the archive itself says."""
+def _resumed(path: Path, folder: Path, shards: list[tuple[str, ShardInfo]], quick: bool) -> dict[str, Facts]:
+    """Results of shards that are what they were; a full examination serves a quick one, not the other way round."""
+    stamps = {info.file: _stamp(folder, split, info) for split, info in shards}
+    found: dict[str, Facts] = {}
     try:
-        records, keys = index_tar(path)
-    except UserError as error:
-        yield Finding("structure", path.name, str(error))
+        with open(path, "rb") as lines:
+            for line in lines:
+                # A line that an interrupt cut short, or that two runs wrote into each other, is no result.
+                try:
+                    body = json.loads(line)
+                    facts = Facts.from_dict(body["facts"])
+                    tied, was_quick = body["stamp"], body["quick"]
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    continue
+                if stamps.get(facts.file) == tied and (quick or not was_quick):
+                    found[facts.file] = facts
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name another file with --state") from None
+    return found
+
+
+class _State:
+    """The state file, open for appending."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.path, self.folder = path, folder
+
+    def __enter__(self) -> "_State":
+        with disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "ab+", buffering=0)
+            if self._file.seek(0, os.SEEK_END):
+                self._file.seek(-1, os.SEEK_END)
+                if self._file.read(1) != b"\n":
+                    self._file.write(b"\n")
+        return self
+
+    def append(self, facts: Facts, info: ShardInfo, quick: bool) -> None:
+        stamp = _stamp(self.folder, facts.split, info)
+        if stamp is not None:
+            body = {"stamp": stamp, "quick": quick, "facts": facts.to_dict()}
+            with disk_errors(self.path):
+                self._file.write(json.dumps(body, ensure_ascii=False).encode(errors="surrogateescape") + b"\n")
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _examined(
+    folder: Path, shards: list[tuple[str, ShardInfo]], workers: int, quick: bool, total: int
+) -> Iterator[Facts]:
+    """Results as they come."""
+    if min(workers, len(shards)) <= 1:
+        for split, info in shards:
+            yield examine(folder, split, info, quick)
         return
-    indexed = [shard.index.key(row) for row in range(shard.index.samples)]
-    if keys != indexed:
-        yield Finding("structure", path.name, f"the archive holds {len(keys)} samples that its index does not match")
-        return
-    for name in ("image_offset", "image_size", "json_offset", "json_size", "text_offset", "text_size"):
-        wrong = np.flatnonzero(records[name] != shard.index.records[name])
-        if len(wrong):
-            yield Finding("structure", f"{path.name}: {keys[wrong[0]]}", f"{name} differs from the archive")
-            return
-
-
-def _examine_sample(shard: ShardFile, row: int, file: str, facts: Facts) -> None:
-    key, unit, digest, look = shard.index.key(row), None, 0, -1
-    where = f"{file}: {key}"
+    done = total - len(shards)
+    pool = ProcessPoolExecutor(min(workers, len(shards)), mp_context=get_context("spawn"))
     try:
-        sample = shard.read(row)
-        if not sample.texts:
-            facts.findings.append(Finding("caption", where, "missing or empty"))
-        unit = sample.fields.get("unit")
-        digest = xxhash.xxh3_64_intdigest(sample.image)
-        look = difference_hash(to_rgb(open_image(sample.image, MAX_IMAGE_PIXELS)))
-    except BadSample as error:
-        kind = "caption" if "caption" in str(error) else "image"
-        facts.findings.append(Finding(kind, where, str(error)))
-    facts.keys.append(key)
-    facts.units.append(None if unit is None else str(unit))
-    facts.image_hashes.append(digest)
-    facts.looks.append(look)
+        futures: list[Future[Facts]] = [pool.submit(examine, folder, split, info, quick) for split, info in shards]
+        for future in as_completed(futures):
+            facts = future.result()
+            done += 1
+            yield facts
+    except BrokenProcessPool:
+        raise UserError(
+            f"{folder}: a process that examines shards died, most likely for lack of memory; {done:,} of {total:,} "
+            f"shards are done and kept; run it again, with fewer than {workers} --workers"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def difference_hash(image: Image.Image) -> int:
-    """64 bits: whether each of 8 × 8 grey cells is brighter than its left neighbour (the dHash of N. Krawetz, 2013)."""
-    cells = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
-    return int.from_bytes(np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes(), "big")
+# What samples of all shards are compared by.
 
 
-def _twice(facts: list[Facts]) -> Iterator[Finding]:
-    seen: dict[str, str] = {}
+class _Rows:
+    """All samples of a set in order, as arrays; names are read from the shards only where they are reported."""
+
+    def __init__(self, folder: Path, facts: list[Facts]) -> None:
+        self.folder, self.facts = folder, facts
+        self.splits = list(dict.fromkeys(one.split for one in facts))
+        self._ends = np.cumsum([one.samples for one in facts], dtype=np.int64)
+        number = {split: place for place, split in enumerate(self.splits)}
+        self.split_of = np.repeat([number[one.split] for one in facts], [one.samples for one in facts]).astype(np.int32)
+        self._open: ShardFile | None = None
+
+    def column(self, name: str) -> np.ndarray:
+        return np.concatenate([getattr(one, name) for one in self.facts]) if self.facts else np.zeros(0, np.uint64)
+
+    def key(self, row: int) -> str:
+        shard, place = self._shard(row)
+        return shard.index.key(place)
+
+    def place(self, row: int) -> str:
+        return f"{self.splits[self.split_of[row]]}: {self.key(row)}"
+
+    def unit(self, row: int) -> str:
+        shard, place = self._shard(row)
+        try:
+            return str(shard.read(place).fields["unit"])
+        except (BadSample, KeyError):  # its picture is damaged, or it was exchanged while this runs
+            return f"unit of {self.key(row)}"
+
+    def _shard(self, row: int) -> tuple[ShardFile, int]:
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        path = self.folder / self.facts[number].file
+        if self._open is None or self._open.path != path:
+            self._open = ShardFile(path)
+        return self._open, row - int(self._ends[number] - self.facts[number].samples)
+
+
+def _compared(folder: Path, facts: list[Facts], quick: bool) -> Findings:
+    """The findings of all shards, and those that show only when they are compared."""
+    findings = Findings(LISTED)
     for one in facts:
-        for key in one.keys:
-            if key in seen:
-                yield Finding("duplicate key", key, f"in {seen[key]} and in {one.split}")
-            seen[key] = one.split
-
-
-def _straddling(facts: list[Facts]) -> Iterator[Finding]:
-    units: dict[str, set[str]] = defaultdict(set)
-    images: dict[int, dict[str, str]] = defaultdict(dict)
-    for one in facts:
-        for key, unit, digest in zip(one.keys, one.units, one.image_hashes, strict=True):
-            if unit is not None:
-                units[unit].add(one.split)
-            if digest:
-                images[digest].setdefault(one.split, key)
-    for unit, splits in units.items():
+        findings.merge(one.counts, one.listed)
+    rows = _Rows(folder, facts)
+    for group in groups_of_equal(rows.column("keys")):
+        _add_equal_keys(findings, rows, group)
+    for group in groups_of_equal(rows.column("units")):
+        splits = np.unique(rows.split_of[group])
         if len(splits) > 1:
-            yield Finding("unit straddles", unit, " and ".join(sorted(splits)))
-    for holders in images.values():
-        if len(holders) > 1:
-            yield Finding("duplicate image straddles", *_pair(holders))
-    yield from _near(facts)
+            names = " and ".join(sorted(rows.splits[split] for split in splits))
+            findings.add("unit straddles", _if_listed(findings, "unit straddles", rows.unit, int(group[0])), names)
+    images = rows.column("images")
+    for group in groups_of_equal(images):
+        _add_equal_images(findings, rows, group)
+    if not quick:
+        _add_near(findings, rows, images)
+    return findings
 
 
-def _pair(holders: dict[str, str]) -> tuple[str, str]:
-    (split, key), *others = holders.items()
-    return f"{split}: {key}", "same as " + ", ".join(f"{s}: {k}" for s, k in others)
+def _if_listed(findings: Findings, kind: str, name: Callable[[int], str], row: int) -> str:
+    """A sample's name, read from its shard only when the finding will be kept."""
+    return "" if findings.is_full(kind) else name(int(row))
 
 
-def _near(facts: list[Facts]) -> Iterator[Finding]:
-    """Pairs across splits whose hashes differ in at most `NEAR_BITS`: then one of four 16-bit parts is equal."""
-    items = [
-        (one.split, key, digest, look)
-        for one in facts
-        for key, digest, look in zip(one.keys, one.image_hashes, one.looks, strict=True)
-        # Hashes of nearly one value come from flat pictures and say nothing.
-        if look >= 0 and 6 <= look.bit_count() <= 58
-    ]
-    buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for number, (_, _, _, look) in enumerate(items):
-        for part in range(4):
-            buckets[part, look >> 16 * part & 0xFFFF].append(number)
-    reported: set[tuple[int, int]] = set()
-    for members in buckets.values():
-        if len(members) > MAX_BUCKET:
-            logger.warning("near-duplicate search: %d pictures look too much alike to be compared", len(members))
-            continue
-        for first, second in combinations(members, 2):
-            a, b = items[first], items[second]
-            if a[0] == b[0] or a[2] == b[2] or (first, second) in reported:
-                continue
-            if (a[3] ^ b[3]).bit_count() <= NEAR_BITS:
-                reported.add((first, second))
-                yield Finding("near-duplicate image straddles", f"{a[0]}: {a[1]}", f"looks like {b[0]}: {b[1]}")
+def _add_equal_keys(findings: Findings, rows: _Rows, group: np.ndarray) -> None:
+    first = int(group[0])
+    for row in group[1:]:
+        key = _if_listed(findings, "duplicate key", rows.key, row)
+        splits = rows.splits[rows.split_of[first]], rows.splits[rows.split_of[row]]
+        findings.add("duplicate key", key, f"in {splits[0]} and in {splits[1]}")
+
+
+def _add_equal_images(findings: Findings, rows: _Rows, group: np.ndarray) -> None:
+    """One finding when the picture lies in several splits, and one for each split that holds it more than once."""
+    splits, first = np.unique(rows.split_of[group], return_index=True)
+    if len(splits) > 1:
+        kind = "duplicate image straddles"
+        places = [_if_listed(findings, kind, rows.place, row) for row in np.sort(group[first])]
+        findings.add(kind, places[0], "same as " + ", ".join(places[1:]))
+    for split in splits if len(splits) < len(group) else []:
+        held = group[rows.split_of[group] == split]
+        if len(held) > 1:
+            others = f" and {len(held) - 2} more" if len(held) > 2 else ""
+            places = [_if_listed(findings, "duplicate image", rows.place, row) for row in held[:2]]
+            findings.add("duplicate image", places[0], f"same as {places[1]}{others}")
+
+
+def _add_near(findings: Findings, rows: _Rows, images: np.ndarray) -> None:
+    found = search_near(rows.column("looks"), images, rows.split_of)
+    for kind, earlier in (("near-duplicate image straddles", found.across), ("near-duplicate image", found.within)):
+        for row in np.flatnonzero(earlier < len(earlier)):
+            places = [_if_listed(findings, kind, rows.place, int(one)) for one in (row, earlier[row])]
+            findings.add(kind, places[0], f"looks like {places[1]}")
+    if found.cut_short:
+        what = f"{found.cut_short:,} pictures look like so many others that some pairs were not compared"
+        findings.add("too many look alike", "near-duplicate search", what)

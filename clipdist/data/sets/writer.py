@@ -8,6 +8,8 @@ import os
 import shlex
 import sys
 import tarfile
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,24 +17,26 @@ from typing import Any
 import numpy as np
 import xxhash
 import zstandard
+from PIL import ExifTags, Image
 
-from clipdist.data.shards import (
+from clipdist.data.images.header import header_of
+from clipdist.data.shard_index import (
     IMAGE_EXTENSIONS,
-    MANIFEST,
+    MAX_MEMBER_BYTES,
     RECORD,
-    SHARD_NAME,
-    Manifest,
-    ShardInfo,
-    fsync_folder,
     index_bytes,
     index_path,
-    write_atomically,
+    sample_checksum,
 )
+from clipdist.data.shards import MANIFEST, SHARD_NAME, Manifest, ShardInfo, fsync_folder, write_atomically
 from clipdist.errors import UserError, disk_errors
 
 UNFINISHED = ".unfinished"
 BLOCK = 512
 END_OF_ARCHIVE = b"\0" * (2 * BLOCK)
+LARGEST_SIDE = (1 << 16) - 1
+# How the chunk of a PNG begins that may hold an orientation: EXIF by itself or as text, or XMP.
+PNG_ORIENTATION = (b"eXIf", b"tEXtRaw profile type", b"zTXtRaw profile type", b"iTXtXML:com.adobe.xmp")
 LONGEST_KEY = 4096  # bytes; what file systems take for a path, far below the index's 16 bits
 
 
@@ -48,7 +52,8 @@ class ShardSetWriter:
     """Writes a shard set into `folder`; a context manager. On a clean exit the manifest is written, last.
 
     After an exception there is no manifest, so what was written is never taken for a whole set; the same
-    call again clears it away. Equal calls of `write` give equal bytes.
+    call again clears it away. Equal calls of `write` give equal bytes. A shard ends after `samples_per_shard` samples,
+    or with the one that brings it to `shard_mib` MiB.
 
     Raises `UserError` when `folder` already holds a set and `overwrite` is false, when a key is used twice,
     and when the disk is full.
@@ -59,6 +64,7 @@ class ShardSetWriter:
         folder: Path,
         *,
         samples_per_shard: int = 1000,
+        shard_mib: float | None = None,
         zstd: bool = False,
         license_text: str = "",
         command: list[str] | None = None,
@@ -68,6 +74,9 @@ class ShardSetWriter:
     ) -> None:
         if samples_per_shard < 1:
             raise UserError(f"samples per shard: found {samples_per_shard}, expected at least 1")
+        if shard_mib is not None and not shard_mib > 0:
+            raise UserError(f"size of a shard: found {shard_mib} MiB, expected more than 0")
+        self.shard_bytes = None if shard_mib is None else shard_mib * 2**20
         self.folder, self.samples_per_shard, self.zstd, self.overwrite = folder, samples_per_shard, zstd, overwrite
         self._manifest = Manifest({}, license_text, made_by(command), sources or {}, notes or {})
         self._open: dict[str, _OpenShard] = {}
@@ -117,7 +126,8 @@ class ShardSetWriter:
         return self._manifest
 
     def write(self, split: str, key: str, image: bytes, extension: str, fields: dict[str, Any]) -> None:
-        """Appends one sample; all of `fields` goes to `<key>.json`, `fields["text"]` is its caption or captions."""
+        """Appends one sample; all of `fields` goes to `<key>.json`, `fields["text"]` is its caption or
+        captions, the first of which also goes to `<key>.txt`."""
         extension = extension.lower().lstrip(".")
         if extension not in IMAGE_EXTENSIONS:
             raise UserError(f"{key}: image extension {extension!r}, expected one of {', '.join(IMAGE_EXTENSIONS)}")
@@ -130,6 +140,8 @@ class ShardSetWriter:
             info = json.dumps(fields, ensure_ascii=False, sort_keys=True).encode()
         except (TypeError, ValueError) as error:
             raise UserError(f"{key}: its fields cannot be written as JSON in UTF-8 ({error})") from None
+        if max(len(image), len(info)) > MAX_MEMBER_BYTES:
+            raise UserError(f"{key}: an image or its fields of more than 4 GiB; the index holds less")
         self._keys.add(key)
         if split not in self._manifest.splits:
             self._manifest.splits[split] = []
@@ -139,8 +151,9 @@ class ShardSetWriter:
                 suffix = ".tar.zst" if self.zstd else ".tar"
                 self._open[split] = _OpenShard(self.folder / f"{split}-{number:06d}{suffix}", self.zstd)
             shard = self._open[split]
-            shard.append(key, image, extension, info)
-            if len(shard.keys) >= self.samples_per_shard:
+            shard.append(key, image, extension, info, first_caption(fields.get("text")))
+            full = self.shard_bytes is not None and shard.position >= self.shard_bytes
+            if full or len(shard.keys) >= self.samples_per_shard:
                 self.close_shard(split)
 
     def close_shard(self, split: str) -> None:
@@ -178,12 +191,97 @@ def _is_ours(path: Path) -> bool:
     return bool(SHARD_NAME.match(name) or SHARD_NAME.match(name.removesuffix(".idx") + ".tar"))
 
 
+def sealed(record: np.ndarray, key: str, key_offset: int, members: Sequence[bytes]) -> bytes:
+    """A record complete with the place of its key, the picture's size and the checksum, as an index stores it.
+
+    `record` has dtype `RECORD`, no dimension, and says where the members lie; `members` are image, JSON and text.
+    """
+    encoded = key.encode()
+    if key_offset + len(encoded) > MAX_MEMBER_BYTES:
+        raise UserError(f"{key}: the keys of its shard take more than 4 GiB; make smaller shards")
+    record["key_offset"], record["key_size"] = key_offset, len(encoded)
+    record["width"], record["height"] = displayed_size(members[0])
+    record["checksum"] = 0
+    record["checksum"] = sample_checksum(record.tobytes(), encoded, members)
+    return record.tobytes()
+
+
+def displayed_size(image: bytes) -> tuple[int, int]:
+    """Width and height in pixels with the EXIF orientation applied, from an encoded image's header; (0, 0) when they
+    cannot be told, or are above 65535."""
+    header = header_of(image)
+    if header and header.plain:
+        return (header.width, header.height) if max(header.width, header.height) <= LARGEST_SIDE else (0, 0)
+    try:
+        with unlimited_pillow():
+            opened = Image.open(io.BytesIO(image))
+        # Pillow turns a TIFF's size itself, and would decode a whole PNG to look for an orientation behind the pixels.
+        may_turn = opened.format != "TIFF" and (opened.format != "PNG" or _says_orientation(image))
+        if may_turn and opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):
+            height, width = opened.size
+        else:
+            width, height = opened.size
+    except Exception:  # Pillow raises many kinds; whoever reads the sample names the fault
+        return 0, 0
+    return (width, height) if max(width, height) <= LARGEST_SIDE else (0, 0)
+
+
+def _says_orientation(png: bytes) -> bool:
+    at = 8
+    while at < len(png):
+        if png.startswith(PNG_ORIENTATION, at + 4):
+            return True
+        at += 12 + int.from_bytes(png[at : at + 4], "big")
+    return False
+
+
+@contextlib.contextmanager
+def unlimited_pillow() -> Iterator[None]:
+    """Pillow's own size limit and its warnings out of the way, where only headers are read."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+# A tar's header of a regular file as Python's tarfile writes it, to be filled in (ustar, POSIX.1-1988).
+_TEMPLATE = bytearray(tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT))
+_TEMPLATE[148:156] = b" " * 8
+_SUM = sum(_TEMPLATE) - 11 * ord("0")  # without the digits of the size
+LONGEST_PLAIN_NAME, LARGEST_PLAIN_SIZE = 100, 8 << 30
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The header of a member of `size` bytes, mode 644: what tarfile's PAX format gives, but ten times faster where no
+    extended header is needed."""
+    if not name.isascii() or len(name) > LONGEST_PLAIN_NAME or size >= LARGEST_PLAIN_SIZE:
+        member = tarfile.TarInfo(name)
+        member.size = size
+        return member.tobuf(tarfile.PAX_FORMAT)
+    encoded, digits = name.encode(), b"%011o" % size
+    header = _TEMPLATE.copy()
+    header[: len(encoded)] = encoded
+    header[124:135] = digits
+    header[148:156] = b"%06o\0 " % (_SUM + sum(encoded) + sum(digits))
+    return bytes(header)
+
+
+def first_caption(text: Any) -> bytes:
+    """What goes to `<key>.txt`, for readers that know no JSON: the first caption that says anything."""
+    texts = [text] if isinstance(text, str) else text if isinstance(text, list) else []
+    return next((text.strip().encode() for text in texts if isinstance(text, str) and text.strip()), b"")
+
+
 class _OpenShard:
     """One shard being written under a temporary name."""
 
     def __init__(self, path: Path, zstd: bool) -> None:
         self.path, self.position = path, 0
         self.keys: list[str] = []
+        self._key_bytes = 0
         self._records = io.BytesIO()
         self._hasher = xxhash.xxh3_64()
         # The checksum inside each frame makes a flipped bit an error instead of another picture.
@@ -191,22 +289,24 @@ class _OpenShard:
         self._temporary = path.with_name(path.name + ".partial")
         self._file = open(self._temporary, "wb")  # noqa: SIM115  (closed by finish or abandon)
 
-    def append(self, key: str, image: bytes, extension: str, info: bytes) -> None:
-        record = np.zeros(1, RECORD)
-        block = io.BytesIO()
-        base = 0 if self._compressor else self.position
-        members = (("image", extension, image), ("json", "json", info))
-        for name, suffix, data in members:
-            header = tarfile.TarInfo(f"{key}.{suffix}")
-            header.size, header.mode = len(data), 0o644
-            block.write(header.tobuf(tarfile.PAX_FORMAT))
-            record[f"{name}_offset"], record[f"{name}_size"] = base + block.tell(), len(data)
-            block.write(data + b"\0" * (-len(data) % BLOCK))
+    def append(self, key: str, image: bytes, extension: str, info: bytes, text: bytes) -> None:
+        record = np.zeros((), RECORD)
+        parts: list[bytes] = []
+        at = 0 if self._compressor else self.position
+        for name, suffix, data in (("image", extension, image), ("json", "json", info), ("text", "txt", text)):
+            if name == "text" and not data:
+                continue
+            header = tar_header(f"{key}.{suffix}", len(data))
+            record[f"{name}_offset"], record[f"{name}_size"] = at + len(header), len(data)
+            padding = bytes(-len(data) % BLOCK)
+            parts += (header, data, padding)
+            at += len(header) + len(data) + len(padding)
         record["image_kind"] = IMAGE_EXTENSIONS.index(extension)
-        frame_offset, written = self.position, self._write(block.getvalue())
+        frame_offset, written = self.position, self._write(b"".join(parts))
         if self._compressor:
             record["frame_offset"], record["frame_size"] = frame_offset, written
-        self._records.write(record.tobytes())
+        self._records.write(sealed(record, key, self._key_bytes, (image, info, text)))
+        self._key_bytes += int(record["key_size"])
         self.keys.append(key)
 
     def _write(self, data: bytes) -> int:

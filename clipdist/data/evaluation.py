@@ -1,0 +1,89 @@
+"""Shard set -> unaugmented samples in order, for evaluation."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from clipdist.data.images.decode import load_for_evaluation
+from clipdist.data.images.geometry import ResizeMode
+from clipdist.data.loader import ROWS_PER_TASK, quiet_worker, unchanged
+from clipdist.data.mixing import MixedSplit
+from clipdist.data.order import share
+from clipdist.data.shards import BadSample, RawSample, Split
+from clipdist.data.text import Tokenizer
+
+
+@dataclass
+class EvalPiece:
+    """Some consecutive samples of a split, unaugmented, with all their captions."""
+
+    images_n3HW: torch.Tensor  # uint8, channels last in memory
+    token_ids: list[list[int]]  # one per caption
+    owners: list[int]  # for each caption, its sample's number in the split
+    numbers: list[int]  # the samples' numbers in the split
+    samples: list[RawSample]  # without pixels: `image` is empty
+    bad: list[tuple[int, str, str]]  # number, key, reason
+
+
+class EvalRows(Dataset[EvalPiece]):
+    """Deterministic reading for evaluation: `rows[start, stop]`. Unreadable samples are named, never replaced."""
+
+    def __init__(
+        self,
+        split: Split | MixedSplit,
+        *,
+        side: int,
+        resize: ResizeMode,
+        tokenizer: Tokenizer,
+        max_image_pixels: int = 50_000_000,
+    ) -> None:
+        self.split, self.side, self.resize = split, side, resize
+        self.tokenizer, self.max_image_pixels = tokenizer, max_image_pixels
+
+    def __getitem__(self, bounds: tuple[int, int]) -> EvalPiece:
+        images, texts, owners, numbers, samples, bad = [], [], [], [], [], []
+        for number in range(*bounds):
+            try:
+                sample = self.split.read(number)
+                if not sample.texts:
+                    raise BadSample("no caption")
+                pixels = load_for_evaluation(sample.image, self.side, self.resize, self.max_image_pixels)
+            except BadSample as error:
+                bad.append((number, self.split.key(number), str(error)))
+                continue
+            images.append(pixels)
+            texts += sample.texts
+            owners += [number] * len(sample.texts)
+            numbers.append(number)
+            samples.append(RawSample(sample.key, b"", sample.extension, sample.texts, sample.fields))
+        pixels_nHW3 = np.stack(images) if images else np.zeros((0, self.side, self.side, 3), np.uint8)
+        return EvalPiece(
+            torch.from_numpy(pixels_nHW3).permute(0, 3, 1, 2),
+            self.tokenizer.encode(texts) if texts else [],
+            owners,
+            numbers,
+            samples,
+            bad,
+        )
+
+
+class _Ranges(Sampler[tuple[int, int]]):
+    def __init__(self, start: int, stop: int) -> None:
+        self.bounds = [(s, min(s + ROWS_PER_TASK, stop)) for s in range(start, stop, ROWS_PER_TASK)]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self.bounds)
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+
+def evaluation_loader(rows: EvalRows, *, rank: int = 0, world_size: int = 1, workers: int = 0) -> DataLoader[EvalPiece]:
+    """This rank's run of the split, in order; over all ranks every sample comes exactly once, on any world size."""
+    bounds = _Ranges(*share(len(rows.split), rank, world_size))
+    return DataLoader(
+        rows, batch_size=None, sampler=bounds, num_workers=workers, collate_fn=unchanged, worker_init_fn=quiet_worker
+    )

@@ -1,0 +1,195 @@
+"""Random changes of a training image, on uint8 pixels of the model's side. Only what is switched on costs time."""
+
+import math
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from pydantic import AfterValidator, Field
+
+from clipdist.data.images.geometry import upright
+from clipdist.settings import settings
+
+_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
+_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+_MOST_BLUR = 1.5
+
+
+def _rising(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError("the smaller number comes first")
+    return pair
+
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Amount = Annotated[float, Field(ge=0)]
+Area = Annotated[float, Field(gt=0, le=1)]
+Ratio = Annotated[float, Field(gt=0)]
+
+
+@settings
+class AugmentConfig:
+    """Random changes of a training image. Off by default but for the crop: on medical images colour and margin
+    carry the diagnosis.
+
+    Where colour is diagnostic (skin, pathology, fundus), changes of light and camera are imitated safely by up to
+    brightness 0.2, contrast 0.2, saturation 0.15, hue 0.02; stain differences between laboratories take hue 0.05.
+    `greyscale` and `invert` suit only pictures whose colour or polarity says nothing; flips and turns only those
+    without an up or a side (not radiographs: the heart is on the left).
+    """
+
+    crop_area: Annotated[tuple[Area, Area], AfterValidator(_rising)] = (0.8, 1.0)
+    """Share of the image's area that a random crop keeps, smallest and largest."""
+    crop_ratio: Annotated[tuple[Ratio, Ratio], AfterValidator(_rising)] = (0.8, 1.25)
+    """Width over height of the crop, relative to the image's own; as far as the area lets it fit into the image."""
+    flip_horizontal: Probability = 0.0
+    flip_vertical: Probability = 0.0
+    quarter_turns: bool = False
+    """Turns by 0, 90, 180 or 270 degrees, each equally likely."""
+    rotate_degrees: Amount = 0.0
+    """Largest rotation either way; corners are filled with the colour of the picture's own corner."""
+    brightness: Amount = 0.0
+    """Factor is drawn from 1 ± this; likewise contrast (about the picture's mean grey) and saturation."""
+    contrast: Amount = 0.0
+    saturation: Amount = 0.0
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Largest turn of the colours either way, about the grey axis (in YIQ), as a share of the circle (at most 0.5)."""
+    greyscale: Probability = 0.0
+    invert: Probability = 0.0
+    """Probability of a photographic negative."""
+    blur: Probability = 0.0
+    """Probability of a Gaussian blur, sigma 0.1 to 1.5 pixels."""
+    noise: Amount = 0.0
+    """Largest standard deviation of Gaussian noise, in grey levels of 255."""
+    poisson: Amount = 0.0
+    """Largest strength of photon noise: its variance, in squared grey levels, is this times the grey level. Drawn from
+    the normal approximation, which holds for more than about ten photons: grey levels beyond ten times this."""
+    speckle: Amount = 0.0
+    """Largest standard deviation of speckle (multiplicative noise, as in ultrasound), as a share of the grey level."""
+
+
+class Choices(NamedTuple):
+    """Every random choice about an image: numbers from 0 to 1, and the seed of its noise."""
+
+    area: float
+    ratio: float
+    right: float
+    down: float
+    flip_horizontal: float
+    flip_vertical: float
+    quarter_turns: float
+    rotate: float
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    greyscale: float
+    invert: float
+    blur: float
+    blur_sigma: float
+    noise: float
+    poisson: float
+    speckle: float
+    noise_seed: int
+
+
+def draw_choices(draw: np.random.Generator) -> Choices:
+    """Always the same number of draws, whatever the recipe switches on."""
+    return Choices._make([*draw.random(len(Choices._fields) - 1).tolist(), int(draw.integers(1 << 62))])
+
+
+def augment_in_place(pixels: np.ndarray, choices: Choices, augment: AugmentConfig, orientation: int = 1) -> np.ndarray:
+    """Changes square uint8 pixels [side, side, 3] as drawn, and returns them. Stored pixels are made upright first, as
+    their EXIF orientation asks: on the small square that costs least."""
+    _turn(pixels, choices, augment, orientation)
+    if augment.rotate_degrees:
+        angle = (2 * choices.rotate - 1) * augment.rotate_degrees
+        picture = Image.fromarray(pixels)
+        corner = tuple(pixels[0, 0].tolist())
+        pixels[...] = np.asarray(picture.rotate(angle, Image.Resampling.BILINEAR, fillcolor=corner))
+    _recolour(pixels, choices, augment)
+    if choices.blur < augment.blur:
+        sigma = 0.1 + (_MOST_BLUR - 0.1) * choices.blur_sigma
+        pixels[...] = np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(sigma)))
+    if augment.noise or augment.poisson or augment.speckle:
+        _add_noise(pixels, choices, augment)
+    return pixels
+
+
+def _turn(pixels: np.ndarray, choices: Choices, augment: AugmentConfig, orientation: int) -> None:
+    cells = pixels.view("V3")[..., 0]  # whole pixels move faster than their three bytes
+    turned = upright(cells, orientation)
+    if choices.flip_horizontal < augment.flip_horizontal:
+        turned = turned[:, ::-1]
+    if choices.flip_vertical < augment.flip_vertical:
+        turned = turned[::-1]
+    if augment.quarter_turns:
+        turned = np.rot90(turned, int(4 * choices.quarter_turns))
+    if turned.strides != cells.strides:
+        cells[...] = turned.copy()
+
+
+def _recolour(pixels: np.ndarray, choices: Choices, augment: AugmentConfig) -> None:
+    """Brightness, contrast, saturation, hue, greyscale and negative are all affine in the colour: one pass does them.
+    So nothing is clipped in between."""
+    greyscale, invert = choices.greyscale < augment.greyscale, choices.invert < augment.invert
+    if not (augment.brightness or augment.contrast or augment.saturation or augment.hue or greyscale or invert):
+        return
+    matrix, offset = np.eye(3), 0.0
+    if augment.brightness:
+        matrix *= _factor(choices.brightness, augment.brightness)
+    if augment.contrast:
+        factor = _factor(choices.contrast, augment.contrast)
+        offset = (1 - factor) * float(_LUMA @ matrix @ _mean_colour(pixels))
+        matrix *= factor
+    if augment.saturation:
+        factor = _factor(choices.saturation, augment.saturation)
+        matrix = (factor * np.eye(3) + (1 - factor) * np.outer(np.ones(3), _LUMA)) @ matrix
+    if augment.hue:
+        matrix = _turn_hue(2 * math.pi * (2 * choices.hue - 1) * augment.hue) @ matrix
+    if greyscale:
+        matrix = np.outer(np.ones(3), _LUMA) @ matrix
+    if invert:
+        matrix, offset = -matrix, 255 - offset
+    if np.array_equal(matrix, np.diag([matrix[0, 0]] * 3)):
+        if matrix[0, 0] != 1 or offset:
+            table = np.rint(np.clip(np.arange(256) * matrix[0, 0] + offset, 0, 255)).astype(np.uint8)
+            changed = np.frombuffer(pixels.tobytes().translate(table.tobytes()), np.uint8)
+            pixels[...] = changed.reshape(pixels.shape)
+        return
+    rows = [number for row in matrix for number in (*row.tolist(), offset)]
+    pixels[...] = np.asarray(Image.fromarray(pixels).convert("RGB", tuple(rows)))
+
+
+def _factor(choice: float, spread: float) -> float:
+    return max(0.0, 1.0 + (2.0 * choice - 1.0) * spread)
+
+
+def _mean_colour(pixels: np.ndarray) -> np.ndarray:
+    # Rows are summed as they lie in memory: numpy is slow along an axis of three.
+    sums = pixels.reshape(len(pixels), -1).sum(axis=0, dtype=np.int64)
+    return sums.reshape(-1, 3).sum(axis=0) * (3 / pixels.size)
+
+
+def _turn_hue(angle: float) -> np.ndarray:
+    """The matrix that turns colours about the grey axis in the YIQ plane, by radians."""
+    sine, cosine = math.sin(angle), math.cos(angle)
+    return np.linalg.inv(_YIQ) @ np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]]) @ _YIQ
+
+
+def _add_noise(pixels: np.ndarray, choices: Choices, augment: AugmentConfig) -> None:
+    """Independent normal noises add up to one whose variance is the sum of theirs: one draw per value does for all."""
+    levels = np.arange(256, dtype=np.float32)
+    variance = (
+        (augment.noise * choices.noise) ** 2
+        + augment.poisson * choices.poisson * levels
+        + (augment.speckle * choices.speckle * levels) ** 2
+    )
+    deviation = np.sqrt(variance)
+    # torch draws normal numbers three times as fast as numpy.
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(choices.noise_seed)).numpy()
+    noise *= deviation.take(pixels) if augment.poisson or augment.speckle else deviation[0]
+    noise += pixels
+    np.rint(noise, out=noise)
+    pixels[...] = np.clip(noise, 0, 255, out=noise)

@@ -1,0 +1,55 @@
+"""Memory that loader workers fill and the training process reads: no copy through a pipe, no files in /dev/shm.
+
+The pages are anonymous and shared with the workers by fork, so a container's small /dev/shm does not limit them and
+nothing stays behind when a process dies.
+"""
+
+import logging
+import mmap
+from math import prod
+
+import numpy as np
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+class Staging:
+    """A ring of `slots` batches of pixels, uint8 [slots, rows, side, side, 3]; step `s` lives in slot `s % slots`.
+
+    Made before the workers are forked. A slot may be filled again once its batch was copied out.
+    """
+
+    def __init__(self, slots: int, rows: int, side: int) -> None:
+        self.shape = (slots, rows, side, side, 3)
+        self._memory = mmap.mmap(-1, prod(self.shape))
+        self._pixels = np.frombuffer(self._memory, np.uint8).reshape(self.shape)
+        self._tensor = torch.from_numpy(self._pixels)
+        self._pinned = False
+
+    def rows(self, step: int, start: int, stop: int) -> np.ndarray:
+        """Where a worker puts rows start..stop (counted on this rank) of a step: uint8 [n, side, side, 3]."""
+        return self._pixels[step % self.shape[0], start:stop]
+
+    def pin(self) -> None:
+        """Lets the GPU read the pages by itself, after the workers were forked. Without it copies still are right, but
+        do not overlap with computation."""
+        code = torch.cuda.cudart().cudaHostRegister(self._tensor.data_ptr(), self._tensor.nbytes, 0)
+        self._pinned = int(code) == 0
+        if not self._pinned:
+            logger.warning(
+                "%d MiB of loader memory could not be pinned (code %d)", self._tensor.nbytes >> 20, int(code)
+            )
+
+    def unpin(self) -> None:
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._tensor.data_ptr())
+            self._pinned = False
+
+    def batch(self, step: int, device: torch.device) -> torch.Tensor:
+        """A copy of a step's pixels on `device`, uint8 [b, 3, side, side] with channels last. On a GPU the copy may
+        still be running: wait for the current stream before the slot is filled again."""
+        images = self._tensor[step % self.shape[0]].permute(0, 3, 1, 2)
+        if device.type == "cpu":
+            return images.clone(memory_format=torch.preserve_format)
+        return images.to(device, non_blocking=True)

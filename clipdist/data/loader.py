@@ -9,9 +9,9 @@ import re
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -20,6 +20,9 @@ from clipdist.data.order import consumed_hash, share
 from clipdist.data.rows import BadRecord, Piece, Task, TrainRows
 from clipdist.data.staging import Staging
 from clipdist.errors import UserError, WorkerKilled
+
+if TYPE_CHECKING:
+    from clipdist.data.read_ahead import ReadAhead
 
 # A worker prepares this many rows at a time: small enough that the first batch is there soon and that
 # all workers share a step, large enough that handing over costs nothing.
@@ -105,6 +108,7 @@ class TrainLoader:
                 f"choose a multiple of {world_size}, or another number of processes"
             )
         self.rows, self.device, self.workers = rows, device or torch.device("cpu"), config.workers
+        self.first_step, self.steps = first_step, steps
         start, stop = share(order.global_batch, rank, world_size)
         self.rows_per_rank = stop - start
         rows.first_row = start
@@ -125,22 +129,32 @@ class TrainLoader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = self._in_background() if self.workers else self._assembled(iter(self._loader))
-        try:
-            with worker_errors():
-                while True:
-                    began = time.perf_counter()
-                    batch = next(batches, None)
-                    if batch is None:
-                        return
-                    batch.wait_seconds = time.perf_counter() - began
-                    yield batch
-        finally:
-            batches.close()
+        source = iter(self._loader)  # forks the workers: before any thread is there
+        batches = self._in_background(source) if self.workers else self._assembled(source)
+        with closing(batches), worker_errors(), self._read_ahead() as ahead:
+            while True:
+                began = time.perf_counter()
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                batch.wait_seconds = time.perf_counter() - began
+                if ahead is not None:
+                    ahead.advance(batch.step)
+                yield batch
 
-    def _in_background(self) -> Generator[Batch]:
+    def _read_ahead(self) -> "AbstractContextManager[ReadAhead | None]":
+        """Fetches shards of a remote set before their turn."""
+        split, order = self.rows.split, self.rows.order
+        if not split.is_remote:
+            return nullcontext()
+        from clipdist.data.read_ahead import ReadAhead, upcoming_shards
+
+        first_row = self.rows.first_row
+        upcoming = upcoming_shards(order, split, first_row, first_row + self.rows_per_rank, self.first_step, self.steps)
+        return ReadAhead(split, upcoming, self.rows.config.remote.read_ahead_shards)
+
+    def _in_background(self, source: Iterator[Any]) -> Generator[Batch]:
         """Batches put together by a thread, one ahead of the training step."""
-        source = iter(self._loader)  # here, not in the thread: PyTorch watches over workers from the main thread
         staging = self.rows.staging
         assert staging is not None
         if self.device.type == "cuda":

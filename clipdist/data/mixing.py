@@ -351,6 +351,10 @@ class MixedSplit(Split):
         part, own = self.shards.place(number)  # type: ignore[attr-defined]
         return self.splits[part].shard(own)
 
+    @property
+    def is_remote(self) -> bool:
+        return any(split.is_remote for split in self.splits)
+
     def hold(self, number: int, stopped: Callable[[], bool] = lambda: False) -> "Held | None":
         part, own = self.shards.place(number)  # type: ignore[attr-defined]
         return self.splits[part].hold(own, stopped)
@@ -412,7 +416,7 @@ class Mixture:
 
     @property
     def folder(self) -> str:
-        return " + ".join(str(one.folder) for one in self.sets)
+        return " + ".join(one.location for one in self.sets)
 
     @property
     def digest(self) -> str:

@@ -25,11 +25,12 @@ import xxhash
 from fsspec.asyn import AsyncFileSystem, sync
 from pydantic import Field, JsonValue, PositiveInt
 
-from clipdist.data.shard_cache import GIB, CacheFull, Held, ShardCache, Stopped, cache_folder, write_replacing
+from clipdist.data.shard_cache import GIB, CacheFull, Held, ShardCache, Stopped, write_replacing
 from clipdist.data.shard_index import HEADER, MAGIC, OLD_MAGIC, RECORD
 from clipdist.data.shards import MANIFEST, Manifest, ShardInfo
 from clipdist.errors import UserError, disk_errors
 from clipdist.settings import field, settings
+from clipdist.user_cache import user_cache
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -251,7 +252,7 @@ class RemoteShards:
     def __init__(self, files: RemoteFiles, digest: str) -> None:
         self.files, self.digest = files, digest
         config = files.config
-        self.cache = ShardCache(cache_folder(config.cache_folder), int(config.cache_gib * GIB))
+        self.cache = ShardCache(user_cache("remote", config.cache_folder), int(config.cache_gib * GIB))
 
     @property
     def folder(self) -> Path:
@@ -316,7 +317,7 @@ def open_remote(url: str, config: RemoteConfig | None = None) -> tuple[RemoteSha
     """
     config = config or RemoteConfig()
     files = RemoteFiles(url, config)
-    folder = cache_folder(config.cache_folder)
+    folder = user_cache("remote", config.cache_folder)
     with disk_errors(folder):
         (folder / "manifests").mkdir(parents=True, exist_ok=True)
     remembered = folder / "manifests" / f"{xxhash.xxh3_128_hexdigest(files.url.encode())}.json"

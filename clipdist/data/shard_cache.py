@@ -46,16 +46,6 @@ class Stopped(Exception):
     """Whoever wanted a shard wants it no more."""
 
 
-def cache_folder(given: str) -> Path:
-    """`given`, else $CLIPDIST_CACHE, else $XDG_CACHE_HOME/clipdist, else ~/.cache/clipdist; in it, `remote`."""
-    if not given:
-        given = os.environ.get("CLIPDIST_CACHE", "")
-    if not given:
-        base = os.environ.get("XDG_CACHE_HOME", "")
-        given = os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "clipdist")
-    return Path(given).expanduser().absolute() / "remote"
-
-
 class Held:
     """A shard that stays on disk until this is closed, or forgotten, or its process ends."""
 

@@ -336,6 +336,10 @@ class Split:
         shard = int(np.searchsorted(self._ends, number, side="right"))
         return shard, number - int(self._ends[shard] - self.samples_per_shard[shard])
 
+    @property
+    def is_remote(self) -> bool:
+        return self.remote is not None
+
     def hold(self, number: int, stopped: Callable[[], bool] = lambda: False) -> "Held | None":
         """Brings a shard of a remote set onto this machine, where it stays until the result is closed; None for a set
         that is here. Raises as `RemoteShards.hold` does."""

@@ -9,14 +9,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from clipdist.data.shards import ShardSet, Split, write_atomically
+from clipdist.data.mixing import called
+from clipdist.data.shards import ShardSet, write_atomically
 from clipdist.errors import UserError, disk_errors
 from clipdist.train.command import configure_logging
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="model folder, such as runs/phantom/model")
-    parser.add_argument("--data", type=Path, required=True, metavar="SET", help="folder of a shard set")
+    parser.add_argument("--data", required=True, metavar="SET", help="folder or URL of a shard set")
     parser.add_argument("--split", default="test", help="default: test")
     parser.add_argument(
         "--groups",
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     configure_logging()
     check(args)
     # Missing data should be named before a model is loaded.
-    split = ShardSet.open(args.data).split(args.split)
+    shard_set = ShardSet.open(args.data)
+    split = shard_set.split(args.split)
     from clipdist.evaluate.embed import embed_split
     from clipdist.model.saved import load
 
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     embeddings = embed_split(saved.model, saved.tokenizer, split, workers=args.workers)
     if not embeddings.keys:
         raise UserError(f"{args.data}, split {args.split}: no readable sample; run: clipdist verify {args.data}")
-    evaluation = Evaluation(args, split, embeddings, saved)
+    evaluation = Evaluation(args, shard_set, embeddings, saved)
     print(evaluation.scores.table())
     for path in evaluation.write():
         print(path)
@@ -77,11 +79,11 @@ def check(args: argparse.Namespace) -> None:
 class Evaluation:
     """Scores of one model on one split, and what is written about them."""
 
-    def __init__(self, args: argparse.Namespace, split: Split, embeddings: Any, saved: Any) -> None:
+    def __init__(self, args: argparse.Namespace, shard_set: ShardSet, embeddings: Any, saved: Any) -> None:
         from clipdist.evaluate.retrieval import retrieval_scores
         from clipdist.train.validate import groups_of
 
-        self.args, self.split, self.embeddings = args, split, embeddings
+        self.args, self.split, self.embeddings = args, shard_set.split(args.split), embeddings
         self.groups_by = args.groups or saved.about.get("groups", "caption")
         self.group = groups_of(embeddings, self.groups_by)
         units = [fields.get(args.unit) for fields in embeddings.fields]
@@ -97,8 +99,8 @@ class Evaluation:
         )
         self.body = {
             **self.scores.to_dict(),
-            "data": str(args.data),
-            "data_digest": ShardSet.open(args.data).manifest.digest,
+            "data": args.data,
+            "data_digest": shard_set.manifest.digest,
             "split": args.split,
             "model": str(args.model),
             "groups": self.groups_by,
@@ -116,7 +118,7 @@ class Evaluation:
         from clipdist.evaluate import plots
 
         out.mkdir(parents=True, exist_ok=True)
-        name = f"{self.args.data.resolve().name}-{self.args.split}"
+        name = f"{called(self.args.data)}-{self.args.split}"
         paths = [out / f"{name}.json"]
         write_atomically(paths[0], (json.dumps(self.body, indent=1) + "\n").encode())
         for kind, draw in (("recall", plots.recall_bars), ("cosines", plots.cosine_histogram)):

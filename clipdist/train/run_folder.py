@@ -116,7 +116,7 @@ def _check_sets(folder: Path, data: Mixture) -> None:
     for seen, shard_set in zip(known, data.sets, strict=True):
         if seen != shard_set.manifest.digest:
             raise UserError(
-                f"{folder}: the run there has seen another version of {shard_set.folder} (digest {seen}, now "
+                f"{folder}: the run there has seen another version of {shard_set.location} (digest {seen}, now "
                 f"{shard_set.manifest.digest}), so its order cannot go on; choose another name, or resume=force"
             )
 
@@ -146,7 +146,7 @@ def write_environment(
         "parameters": parameters,
         "shard_sets": [
             {
-                "path": str(shard_set.folder),
+                "path": shard_set.location,
                 "digest": shard_set.manifest.digest,
                 "splits": {name: sum(s.samples for s in shards) for name, shards in shard_set.manifest.splits.items()},
                 "license": shard_set.manifest.license,

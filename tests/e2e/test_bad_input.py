@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from clipdist import cli
+from clipdist.data.sets.writer import UNFINISHED
 from clipdist.errors import UserError, disk_errors
 from clipdist.train.checkpoint import newest_sound, read_checkpoint, save_checkpoint
 from tests.conftest import TrainedRun
@@ -97,7 +98,7 @@ REFUSALS = [
     ),
     ("report of nothing", "report {tmp}/none", "{tmp}/none: no such run directory"),
     ("index of nothing", "index {tmp}/none", "{tmp}/none: there is no such folder"),
-    ("index without tars", "index {tmp}/empty", "{tmp}/empty: holds no .tar file"),
+    ("index without tars", "index {tmp}/empty", "{tmp}/empty: holds no .tar or .tar.zst file"),
     ("pack of nothing", "pack {tmp}/none.csv --out {tmp}/packed", "{tmp}/none.csv"),
 ]
 
@@ -112,6 +113,7 @@ def names(recipe: Callable[..., Path], shapes: Path, trained_run: TrainedRun, tm
     for name in ("unfinished", "damaged"):
         shutil.copytree(shapes, tmp_path / name)
     (tmp_path / "unfinished" / "manifest.json").unlink()
+    (tmp_path / "unfinished" / UNFINISHED).touch()  # as an interrupted packing leaves it
     (tmp_path / "damaged" / "manifest.json").write_text('{"format": "clipdist-sh')
     model = str(trained_run.folder / "model")
     return {"recipe": str(recipe()), "set": str(shapes), "tmp": str(tmp_path), "model": model}

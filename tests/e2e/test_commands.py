@@ -97,7 +97,7 @@ def test_the_metrics_hold_every_promised_key(trained_run: TrainedRun) -> None:
         assert line.keys() >= VAL_KEYS
         assert line["val/gallery"] == 32
         assert all(0 <= line[key] <= 1 for key in RECALLS)
-    assert validations[-1]["val/loss"] < math.log(24) - 0.3, "it has learned something"
+    assert validations[-1]["val/loss"] < math.log(24) - 0.25, "it has learned something"
     assert validations[-1]["val/cosine_pos"] > validations[-1]["val/cosine_neg"]
 
 

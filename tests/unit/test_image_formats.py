@@ -218,6 +218,7 @@ def with_segment(marker: int, content: bytes, image: Image.Image | None = None) 
 XMP = b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="%d"/>'
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of damaged EXIF
 @pytest.mark.parametrize(
     ("content", "orientation"),
     [

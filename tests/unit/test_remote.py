@@ -24,9 +24,10 @@ from clipdist.data.order import Order
 from clipdist.data.read_ahead import FORGET_STEPS, ReadAhead, upcoming_shards
 from clipdist.data.remote import RemoteConfig, check_location
 from clipdist.data.sets.writer import ShardSetWriter
-from clipdist.data.shard_cache import CacheFull, Stopped, cache_folder
+from clipdist.data.shard_cache import CacheFull, Stopped
 from clipdist.data.shards import RawSample, ShardSet, Split
 from clipdist.errors import UserError
+from clipdist.user_cache import user_cache
 from tests.unit.faulty_server import FaultyServer, serving
 
 pytest.importorskip("aiohttp", reason="fsspec's http needs it")
@@ -482,12 +483,12 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("CLIPDIST_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    assert cache_folder("") == tmp_path / "home" / ".cache" / "clipdist" / "remote"
+    assert user_cache("remote") == tmp_path / "home" / ".cache" / "clipdist" / "remote"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder("") == tmp_path / "xdg" / "clipdist" / "remote"
+    assert user_cache("remote") == tmp_path / "xdg" / "clipdist" / "remote"
     monkeypatch.setenv("CLIPDIST_CACHE", str(tmp_path / "own"))
-    assert cache_folder("") == tmp_path / "own" / "remote"
-    assert cache_folder(str(tmp_path / "given")) == tmp_path / "given" / "remote"
+    assert user_cache("remote") == tmp_path / "own" / "remote"
+    assert user_cache("remote", str(tmp_path / "given")) == tmp_path / "given" / "remote"
 
 
 def test_file_systems_without_an_event_loop_have_time_outs_too(
@@ -605,6 +606,17 @@ def test_whoever_came_to_fetch_does_not_wait_for_readers_of_what_has_come(
         until = time.monotonic() + 5
         with split.hold(0, lambda: time.monotonic() > until) as path:  # type: ignore[union-attr]
             assert path.exists()
+    assert server.fetched()["train-000000.tar"] == 1
+
+
+def test_what_came_while_waiting_for_the_lock_is_not_fetched_again(
+    server: FaultyServer, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split, real, answers = split_of(server, config()), shard_cache._is_whole, iter([False])
+    split.hold(0).close()  # type: ignore[union-attr]
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_cache, "_is_whole", lambda *given: next(answers, True) and real(*given))
+        split.hold(0).close()  # type: ignore[union-attr]
     assert server.fetched()["train-000000.tar"] == 1
 
 

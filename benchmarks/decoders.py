@@ -29,7 +29,8 @@ from torch.nn import functional
 
 from clipdist.data.images.augment import AugmentConfig
 from clipdist.data.images.decode import load_for_training
-from clipdist.data.images.jpeg import decode_reduced, read_header
+from clipdist.data.images.header import read_header
+from clipdist.data.images.jpeg import decode_reduced
 
 SIDE = 224
 MAX_PIXELS = 100_000_000

@@ -181,20 +181,12 @@ def decode_for(jobs: list[tuple[bytes, tuple[int, int]]], seconds: float) -> dic
     return {"wall": count / (time.perf_counter() - began), "cpu": count / (time.process_time() - processor)}
 
 
-def with_caption(sample: dict[str, Any]) -> dict[str, Any]:
-    """clipdist keeps captions in the JSON member, beside labels; open_clip looks for a member `txt`."""
-    sample["txt"] = json.loads(sample["json"])["text"].encode()
-    return sample
-
-
 def open_clip_batches(order: Order) -> Batches:
     """open_clip's own reader, training transforms and tokenizer, as its main program combines them."""
     import open_clip
     from open_clip.transform import image_transform
     from open_clip_train import data
 
-    reader = data.tarfile_to_samples_nothrow
-    data.tarfile_to_samples_nothrow = lambda source: map(with_caption, reader(source))
     shards = sorted(str(path) for path in Path(order["folder"]).glob("train-*.tar"))
     args = argparse.Namespace(
         train_data="::".join(shards),

@@ -156,11 +156,24 @@ class ShardIndex:
         """The 64 bytes of sample `row`, what they say, and its key as stored."""
         # Positioned reads, not the map: a file cut short under a map ends the process.
         assert 0 <= row < self.samples
-        record = os.pread(self._descriptor, RECORD.itemsize, HEADER.itemsize + row * RECORD.itemsize)
+        record = read_at(self._descriptor, RECORD.itemsize, HEADER.itemsize + row * RECORD.itemsize)
         if len(record) != RECORD.itemsize:
             raise BadSample("its index was cut short")
         entry = Entry._make(_RECORD.unpack(record))
-        return record, entry, os.pread(self._descriptor, entry.key_size, self._keys_at + entry.key_offset)
+        return record, entry, read_at(self._descriptor, entry.key_size, self._keys_at + entry.key_offset)
 
     def key(self, row: int) -> str:
-        return self.entry(row)[2].decode(errors="replace")
+        """The key of sample `row`, or its place where the index cannot be read: whoever names a bad sample gets a
+        name."""
+        try:
+            return self.entry(row)[2].decode(errors="replace")
+        except BadSample:
+            return f"sample {row}"
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """Up to `size` bytes of a file from `offset` on; `BadSample` when the disk, or the server behind it, fails."""
+    try:
+        return os.pread(descriptor, size, offset)
+    except OSError as error:
+        raise BadSample(f"cannot be read ({error.strerror})") from None

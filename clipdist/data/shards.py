@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 import zstandard
 
-from clipdist.data.shard_index import IMAGE_EXTENSIONS, BadSample, ShardIndex, index_path, sample_checksum
+from clipdist.data.shard_index import IMAGE_EXTENSIONS, BadSample, ShardIndex, index_path, read_at, sample_checksum
 from clipdist.data.stamps import check_once, checksum_descriptor
 from clipdist.errors import UserError
 
@@ -248,7 +248,7 @@ class ShardFile:
         # Asked before reading: a damaged index may speak of many gigabytes.
         if offset + size > self.index.tar_bytes:
             raise BadSample(f"the shard ends at byte {self.index.tar_bytes}, its index puts this sample beyond")
-        data = os.pread(self._descriptor, size, offset)
+        data = read_at(self._descriptor, size, offset)
         if len(data) != size:
             raise BadSample(f"the shard ends at byte {offset + len(data)}, inside this sample")
         return data
@@ -276,6 +276,8 @@ def _parse_texts(info: bytes, text: bytes) -> tuple[dict[str, Any], list[str]]:
     try:
         fields = json.loads(info) if info else {}
         plain = text.decode() if text else ""
+        if b"\\u" in info:  # an escape may stand for half a character, which is no text
+            json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, endless digits or nesting
         raise BadSample(f"unreadable caption: {error}") from None
     if not isinstance(fields, dict):

@@ -13,7 +13,8 @@ from clipdist.data.images import decode
 from clipdist.data.images.augment import AugmentConfig
 from clipdist.data.images.decode import augment_pixels, decode_rgb, load_for_evaluation, load_for_training
 from clipdist.data.images.geometry import ENOUGH, Box, ResizeMode, crop_size, place_crop, stored_box, whole_pixels
-from clipdist.data.images.jpeg import JpegHeader, decode_reduced
+from clipdist.data.images.header import JpegHeader
+from clipdist.data.images.jpeg import decode_reduced
 from clipdist.data.images.resize import resize_exact, resize_rgb
 from tests.unit.pictures import (
     MAX_PIXELS,

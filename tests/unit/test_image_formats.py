@@ -12,7 +12,8 @@ from clipdist.data.images import decode
 from clipdist.data.images.augment import AugmentConfig
 from clipdist.data.images.decode import decode_rgb, image_size
 from clipdist.data.images.geometry import ResizeMode
-from clipdist.data.images.jpeg import decode_reduced, read_header
+from clipdist.data.images.header import read_header
+from clipdist.data.images.jpeg import decode_reduced
 from clipdist.data.images.pillow import open_image, orientation_of, to_rgb
 from tests.unit.pictures import (
     MAX_PIXELS,

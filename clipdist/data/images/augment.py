@@ -34,7 +34,7 @@ class AugmentConfig:
     carry the diagnosis.
 
     Where colour is diagnostic (skin, pathology, fundus), changes of light and camera are imitated safely by up to
-    brightness 0.2, contrast 0.2, saturation 0.15, hue 0.02; stain differences between laboratories take hue 0.05.
+    brightness 0.1, contrast 0.1, saturation 0.1, without hue; stain differences between laboratories take hue 0.02.
     `greyscale` and `invert` suit only pictures whose colour or polarity says nothing; flips and turns only those
     without an up or a side (not radiographs: the heart is on the left).
     """

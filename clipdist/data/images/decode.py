@@ -25,7 +25,8 @@ from clipdist.data.images.geometry import (
     upright_size,
     whole_pixels,
 )
-from clipdist.data.images.jpeg import JpegHeader, decode_reduced, is_jpeg, read_header
+from clipdist.data.images.header import JpegHeader, is_jpeg, read_header
+from clipdist.data.images.jpeg import decode_reduced
 from clipdist.data.images.pillow import check_pixels, open_image, orientation_of, stored_rgb
 from clipdist.data.images.resize import fit, resize_box
 from clipdist.data.shards import BadSample

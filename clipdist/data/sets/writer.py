@@ -210,8 +210,11 @@ def displayed_size(image: bytes) -> tuple[int, int]:
     """Width and height in pixels with the EXIF orientation applied, from an encoded image's header; (0, 0) when they
     cannot be told, or are above 65535."""
     header = header_of(image)
-    if header and header.plain:
-        return (header.width, header.height) if max(header.width, header.height) <= LARGEST_SIDE else (0, 0)
+    if header and header.orientation:
+        width, height = header.width, header.height
+        if header.orientation > 4:
+            width, height = height, width
+        return (width, height) if max(width, height) <= LARGEST_SIDE else (0, 0)
     try:
         with unlimited_pillow():
             opened = Image.open(io.BytesIO(image))

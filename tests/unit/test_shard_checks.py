@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipdist.data import shard_index, stamps
-from clipdist.data.images.decode import open_image, to_rgb
+from clipdist.data.images.pillow import open_image, to_rgb
 from clipdist.data.sets.index import index_folder
 from clipdist.data.sets.writer import displayed_size
 from clipdist.data.shard_index import RECORD, Entry, ShardIndex, index_path
@@ -91,7 +91,8 @@ def test_a_record_holds_size_and_checksum_as_documented(kept: Kept) -> None:
         sample = shard.read(row)
         assert (entry.width, entry.height) == (40, 30)
         info = f'{{"n": {row}, "text": "caption {row}"}}'.encode()
-        stated = record[:52] + b"\0\0\0\0" + record[56:] + key + sample.image + info
+        text = f"caption {row}".encode()
+        stated = record[:52] + b"\0\0\0\0" + record[56:] + key + sample.image + info + text
         assert entry.checksum == xxhash.xxh3_64_intdigest(stated) & 0xFFFFFFFF
         assert struct.unpack_from("<I", record, 52)[0] == entry.checksum
 

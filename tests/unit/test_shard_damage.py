@@ -23,18 +23,6 @@ from clipdist.errors import UserError, disk_errors
 from tests.unit.shard_sets import first_shard, write_set
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["tar", "zst"])
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set that tests must not change."""
-    return write_set(tmp_path_factory.mktemp("made") / "set", zstd=request.param)
-
-
-@pytest.fixture
-def copy(made: Path, tmp_path: Path) -> Path:
-    """The same set, to be damaged."""
-    return shutil.copytree(made, tmp_path / "copy")
-
-
 def test_a_truncated_shard_is_named(copy: Path) -> None:
     shard = first_shard(copy)
     size = shard.stat().st_size

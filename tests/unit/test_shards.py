@@ -38,18 +38,6 @@ def break_off(folder: Path, error: Exception, **options: Any) -> None:
         raise error
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["tar", "zst"])
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set that tests must not change."""
-    return write_set(tmp_path_factory.mktemp("made") / "set", zstd=request.param)
-
-
-@pytest.fixture
-def copy(made: Path, tmp_path: Path) -> Path:
-    """The same set, to be damaged."""
-    return shutil.copytree(made, tmp_path / "copy")
-
-
 def test_every_sample_comes_back(made: Path) -> None:
     opened = ShardSet.open(str(made))
     assert list(opened.manifest.splits) == ["train", "val"]

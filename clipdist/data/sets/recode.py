@@ -4,9 +4,6 @@ Light on purpose (Pillow and the standard library): every worker process imports
 """
 
 import io
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,6 +11,7 @@ from typing import Literal, get_args
 from PIL import Image, ImageOps
 
 from clipdist.data.images.header import extension_of, header_of
+from clipdist.data.sets.writer import unlimited_pillow
 from clipdist.errors import UserError
 
 # Pillow's name of a format -> the extension it is stored under. MPO is what some phones write: JPEGs in a row, which
@@ -85,7 +83,7 @@ def recode(source: Path | bytes, options: ImageOptions) -> tuple[bytes, str]:
         raise UnusableImage("empty file")
     if not options.decodes and (extension := _as_it_is(data, options)):
         return data, extension
-    with _quiet_pillow():
+    with unlimited_pillow():
         try:
             return _recode(data, options)
         except UnusableImage:
@@ -204,15 +202,3 @@ def _resize(image: Image.Image, side: int) -> Image.Image:
         size = (max(side, round(width * side / height)), side)
     # Very large images are first averaged over whole pixels, down to three times the target: much faster, same looks.
     return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-
-
-@contextmanager
-def _quiet_pillow() -> Iterator[None]:
-    """Pillow's own size limit and its warnings out of the way: sizes are checked here, damage is raised by decoding."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit

@@ -240,7 +240,7 @@ def _says_orientation(png: bytes) -> bool:
 
 @contextlib.contextmanager
 def unlimited_pillow() -> Iterator[None]:
-    """Pillow's own size limit and its warnings out of the way, where only headers are read."""
+    """Pillow's own size limit and its warnings out of the way, where sizes are checked anyhow."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():

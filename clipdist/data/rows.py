@@ -197,7 +197,7 @@ class TrainRows(Dataset[Piece | UserError]):
         config, sample = self.config, self.split.read(number)
         if not sample.texts:
             raise BadSample("no caption")
-        exact, (width, height) = config.decode == "exact", image_size(sample.image)
+        exact, (width, height) = config.decode == "exact", image_size(sample.image, config.max_image_pixels)
         size = cached_size(width, height, cache_side(config, self.side))
         pixels = decode_rgb(sample.image, config.max_image_pixels, at_least=None if exact else size, exact=exact)
         told = {

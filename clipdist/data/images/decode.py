@@ -75,9 +75,10 @@ def _open(data: bytes, max_pixels: int) -> _Source:
     return _Source(data, *image.size, orientation_of(image), max_pixels, None, image)
 
 
-def image_size(data: bytes) -> tuple[int, int]:
-    """(width, height) as displayed, with EXIF applied, from the header alone; `BadSample` when it cannot be read."""
-    return _open(data, sys.maxsize).upright_size
+def image_size(data: bytes, max_pixels: int = sys.maxsize) -> tuple[int, int]:
+    """(width, height) as displayed, with EXIF applied, from the header alone, but for a PNG: there EXIF may follow the
+    pixels. `BadSample` when it cannot be read, and for more than `max_pixels`."""
+    return _open(data, max_pixels).upright_size
 
 
 def decode_rgb(

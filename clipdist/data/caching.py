@@ -4,6 +4,7 @@ pixels."""
 import json
 import logging
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -12,12 +13,13 @@ from clipdist.data.config import DataConfig
 from clipdist.data.images.cache import DecodedCache, cache_bytes, cached_sizes, clean
 from clipdist.data.shards import Split
 from clipdist.data.text import Tokenizer
+from clipdist.errors import disk_errors
 from clipdist.user_cache import user_cache
 
 logger = logging.getLogger(__name__)
 
 # Raised when what a record holds, or how its pixels are made, changes.
-CONTENT_VERSION = 1
+CONTENT_VERSION = 2
 PAYLOAD_MARGIN = 512  # bytes, for quotes, names and the size
 
 
@@ -35,7 +37,8 @@ def open_cache(config: DataConfig, split: Split, tokenizer: Tokenizer, side: int
     folder = user_cache("decoded", config.cache_folder)
     identity = identity_of(config, split, tokenizer, side)
     sizes_hw, payload_sizes = _sizes(split, cache_side(config, side))
-    clean(folder, [identity], max(0.0, config.cache_gib - cache_bytes(sizes_hw, payload_sizes) / 2**30))
+    with disk_errors(folder):
+        clean(folder, [identity], max(0.0, config.cache_gib - cache_bytes(sizes_hw, payload_sizes) / 2**30))
     cache = DecodedCache.open(folder, identity, sizes_hw, payload_sizes, limit_gib=config.cache_gib)
     logger.info(
         "decoded cache %s: %.1f GiB, %s of %s samples stored",
@@ -55,19 +58,28 @@ def identity_of(config: DataConfig, split: Split, tokenizer: Tokenizer, side: in
         config.decode,
         config.max_image_pixels,
         config.groups,
-        tokenizer.max_tokens,
-        tokenizer.tokenizer.backend_tokenizer.to_str() if tokenizer.tokenizer.is_fast else repr(tokenizer.tokenizer),
+        *_tells(tokenizer),
         CONTENT_VERSION,
-        *(version(package) for package in ("simplejpeg", "pillow", "torch")),
+        *(version(package) for package in ("simplejpeg", "pillow", "torch", "tokenizers", "transformers")),
     ]
     return f"{split.name}-{cache_side(config, side)}-{xxhash.xxh3_64_hexdigest(json.dumps(depends).encode())}"
+
+
+def _tells(tokenizer: Tokenizer) -> list[Any]:
+    """What decides the ids that a tokenizer gives. Not what an earlier call left behind in it: how it was cut."""
+    inner = tokenizer.tokenizer
+    about: list[Any] = [tokenizer.max_tokens, inner.truncation_side, type(inner).__name__]
+    if inner.is_fast:
+        backend = json.loads(inner.backend_tokenizer.to_str())
+        return [*about, {name: value for name, value in backend.items() if name not in ("truncation", "padding")}]
+    return [*about, sorted(inner.get_vocab().items()), {k: str(v) for k, v in inner.special_tokens_map.items()}]
 
 
 def _sizes(split: Split, side: int) -> tuple[np.ndarray, np.ndarray]:
     """(int [N, 2] height and width of each cached image, int [N] the most bytes that its texts can take)."""
     hw, texts = [np.zeros((0, 2), np.int32)], [np.zeros(0, np.int64)]
     for number in range(len(split.shards)):
-        records = split.shard(number).index.records
+        records = split.records(number)
         hw.append(cached_sizes(records["width"], records["height"], side).astype(np.int32))
         stored = records["json_size"].astype(np.int64) + records["text_size"]
         # A token stands for at least one byte and takes at most eight characters; then quotes, the key and the like.

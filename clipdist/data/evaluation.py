@@ -14,6 +14,7 @@ from clipdist.data.mixing import MixedSplit
 from clipdist.data.order import share
 from clipdist.data.shards import BadSample, RawSample, Split
 from clipdist.data.text import Tokenizer
+from clipdist.errors import UserError
 
 
 @dataclass
@@ -28,7 +29,7 @@ class EvalPiece:
     bad: list[tuple[int, str, str]]  # number, key, reason
 
 
-class EvalRows(Dataset[EvalPiece]):
+class EvalRows(Dataset[EvalPiece | UserError]):
     """Deterministic reading for evaluation: `rows[start, stop]`. Unreadable samples are named, never replaced."""
 
     def __init__(
@@ -43,9 +44,16 @@ class EvalRows(Dataset[EvalPiece]):
         self.split, self.side, self.resize = split, side, resize
         self.tokenizer, self.max_image_pixels = tokenizer, max_image_pixels
 
-    def __getitem__(self, bounds: tuple[int, int]) -> EvalPiece:
+    def __getitem__(self, bounds: tuple[int, int]) -> EvalPiece | UserError:
+        """A user's error comes back as a value: raised in a worker, it would arrive as a traceback."""
+        try:
+            return self.piece(*bounds)
+        except UserError as error:
+            return error
+
+    def piece(self, start: int, stop: int) -> EvalPiece:
         images, texts, owners, numbers, samples, bad = [], [], [], [], [], []
-        for number in range(*bounds):
+        for number in range(start, stop):
             try:
                 sample = self.split.read(number)
                 if not sample.texts:
@@ -81,7 +89,9 @@ class _Ranges(Sampler[tuple[int, int]]):
         return len(self.bounds)
 
 
-def evaluation_loader(rows: EvalRows, *, rank: int = 0, world_size: int = 1, workers: int = 0) -> DataLoader[EvalPiece]:
+def evaluation_loader(
+    rows: EvalRows, *, rank: int = 0, world_size: int = 1, workers: int = 0
+) -> DataLoader[EvalPiece | UserError]:
     """This rank's run of the split, in order; over all ranks every sample comes exactly once, on any world size."""
     bounds = _Ranges(*share(len(rows.split), rank, world_size))
     return DataLoader(

@@ -4,8 +4,10 @@ b = rows on this rank, B = rows in the global batch, T = tokens of the longest c
 """
 
 import math
+import os
 import queue
 import re
+import signal
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -58,10 +60,16 @@ def worker_errors() -> Iterator[None]:
     `WorkerKilled`."""
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except WorkerKilled:
+        raise
+    except Exception as error:
+        # Whoever it struck may have failed once more while cleaning up: torch.save does, closing its file.
+        notice: BaseException | None = error
+        while notice and not (isinstance(notice, RuntimeError) and str(notice).startswith("DataLoader worker")):
+            notice = notice.__cause__ or notice.__context__
+        if notice is None:
             raise
-        end = re.search(r"signal: (\w+)|exit code (\d+)", f"{error} {error.__cause__ or ''}")
+        end = re.search(r"signal: (\w+)|exit code (\d+)", f"{notice} {notice.__cause__ or ''}")
         how = end[0] if end else "without a word"
         raise WorkerKilled(
             f"a loader worker was ended from outside ({how}), most often because memory ran out: lower data.workers, "
@@ -251,3 +259,13 @@ def unchanged(item: Any) -> Any:
 def quiet_worker(worker: int) -> None:
     # Workers run side by side: threads of their own would fight over the cores.
     torch.set_num_threads(1)
+    # A launcher or SLURM asks all processes to stop. The rank decides when: it still needs batches until the step at
+    # which all ranks agree. So a worker heeds its parent alone. Only who waits for a signal learns who sent it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told_by, args=(os.getppid(),), name="SIGTERM", daemon=True).start()
+
+
+def _end_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

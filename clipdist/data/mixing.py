@@ -124,6 +124,7 @@ class MixedOrder(SampleOrder):
     """
 
     def __init__(self, sources: Sources, shares: np.ndarray, *, seed: int, global_batch: int, window: int = 0) -> None:
+        self._shares = shares
         self.sources, self.seed, self.global_batch = sources, seed, global_batch
         self.samples = int(sources.sizes.sum())
         self.steps_per_epoch = whole_steps(self.samples, global_batch)
@@ -140,6 +141,12 @@ class MixedOrder(SampleOrder):
         self._round = lru_cache(maxsize=2)(self._lay_round)
         self._walk = lru_cache(maxsize=LINES_KEPT)(self._begin_walk)
         self._windows = Windows(MAX_WINDOW_ENTRIES)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MixedOrder":
+        # Caches of methods would be shared with the copy, which another thread may use.
+        return MixedOrder(
+            self.sources, self._shares, seed=self.seed, global_batch=self.global_batch, window=self.window
+        )
 
     def rows(self, step: int, start: int, stop: int) -> Rows:
         """Rows start..stop of the global batch; the pass is that of each row's source."""
@@ -328,6 +335,8 @@ class MixedSplit(Split):
 
     def __init__(self, name: str, names: Sequence[str], splits: Sequence[Split]) -> None:
         self.name, self.names, self.splits = name, list(names), list(splits)
+        for split in splits:
+            split.max_open_shards = max(1, Split.max_open_shards // len(splits))
         self.folder = Path(" + ".join(str(split.folder) for split in splits))
         self.shards = _MixedShards(self.names, self.splits)  # type: ignore[assignment]
         self.samples_per_shard = np.concatenate([split.samples_per_shard for split in splits])
@@ -358,6 +367,14 @@ class MixedSplit(Split):
     def hold(self, number: int, stopped: Callable[[], bool] = lambda: False) -> "Held | None":
         part, own = self.shards.place(number)  # type: ignore[attr-defined]
         return self.splits[part].hold(own, stopped)
+
+    def records(self, number: int) -> np.ndarray:
+        part, own = self.shards.place(number)  # type: ignore[attr-defined]
+        return self.splits[part].records(own)
+
+    def let_go(self) -> None:
+        for split in self.splits:
+            split.let_go()
 
     def key(self, number: int) -> str:
         part, own = self.part(number)

@@ -37,6 +37,8 @@ T = TypeVar("T")
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0
 WARN_EVERY_SECONDS = 10.0
+# How long to wait for others to let go of shards, when all that the cache may hold is in use.
+FULL_SECONDS = 15.0
 PACKAGES = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 SECRET_NAME = re.compile(r"key|secret|token|passw|credential|auth|cookie|sas|connection_string", re.I)
 # Values of gcsfs's `token` that name a method instead of being one.
@@ -282,12 +284,18 @@ class RemoteShards:
         def size_of_index() -> int:
             return self._size_of_index(index, info)
 
+        patience = time.monotonic() + FULL_SECONDS
         while True:
             try:
                 return self.cache.hold(self.files.url, self.digest, info, index, size_of_index, read, stopped)
             except CacheFull:
-                if not let_go():
+                if let_go():
+                    continue
+                if time.monotonic() > patience or stopped():
                     raise
+                # Others move on too; and a child that was just forked lets go of what its parent held.
+                self.cache.ask_for_room()
+                time.sleep(0.05)
 
     def _size_of_index(self, name: str, info: ShardInfo) -> int:
         """From the index's own header, which must speak of this shard."""

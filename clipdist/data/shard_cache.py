@@ -33,6 +33,7 @@ from clipdist.errors import UserError, disk_errors
 BLOCK = 8 << 20
 GIB = 1 << 30
 LONGEST_POLL_SECONDS = 0.2
+WANTED_SECONDS = 1.0  # for so long after somebody waited for room, the others keep no shard open
 
 Read = Callable[[str, int, int, int], bytes]  # name, start, stop, size of the file
 _PARTIAL = re.compile(r"(?P<name>.+)~(?P<bytes>\d+)")
@@ -182,6 +183,17 @@ class ShardCache:
             os.replace(partial_index, index_path)
             os.replace(partial, path)  # the shard last: once it is there, both are
             fsync_folder(path.parent)
+
+    def ask_for_room(self) -> None:
+        """Asks every process that reads from this cache to close what it does not read at the moment."""
+        with disk_errors(self.folder):
+            (self.folder / "wanted").touch()
+
+    def room_wanted(self) -> bool:
+        try:
+            return time.time() - (self.folder / "wanted").stat().st_mtime < WANTED_SECONDS
+        except OSError:
+            return False
 
     def _reserve(self, *partials: Path) -> None:
         """Makes room for the partial files, and takes it by creating them; `CacheFull` when there is none."""

@@ -87,9 +87,10 @@ def index_path(shard: Path) -> Path:
     return shard.with_name(re.sub(r"\.tar(\.zst)?$", ".idx", shard.name))
 
 
-def sample_checksum(record: bytes, key: bytes, members: Iterable[bytes]) -> int:
-    """Low 32 bits of xxh3-64 over the record with checksum 0, the key, and the image, JSON and text members."""
-    hasher = xxhash.xxh3_64(record[:CHECKSUM_AT] + bytes(4) + record[CHECKSUM_AT + 4 :])
+def sample_checksum(row: int, record: bytes, key: bytes, members: Iterable[bytes]) -> int:
+    """Low 32 bits of xxh3-64, seeded with the number of the row, over the record with checksum 0, the key, and the
+    image, JSON and text members. The seed tells a record that took another's place."""
+    hasher = xxhash.xxh3_64(record[:CHECKSUM_AT] + bytes(4) + record[CHECKSUM_AT + 4 :], seed=row)
     hasher.update(key)
     for member in members:
         hasher.update(member)

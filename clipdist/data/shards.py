@@ -17,6 +17,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -238,7 +239,7 @@ class ShardFile:
             block, base = self._pread(start, end - start), start
         image, info, text = (block[o - base : o - base + s] if s else b"" for o, s in members)
         if self.check != "none":
-            found = sample_checksum(record, key, (image, info, text))
+            found = sample_checksum(row, record, key, (image, info, text))
             if found != entry.checksum:
                 raise BadSample(f"checksum differs: found {found:08x}, its index has {entry.checksum:08x}")
         fields, texts = _parse_texts(info, text)
@@ -357,6 +358,9 @@ class Split:
                 # Those of the parent: what keeps them in the cache stayed there.
                 self._open.clear()
                 self._process = os.getpid()
+            if self.remote and len(self._open) > 1 and self.remote.cache.room_wanted():
+                kept = {number: self._open[number]} if number in self._open else {}
+                self._open = OrderedDict(kept)
             if number in self._open:
                 self._open.move_to_end(number)
                 return self._open[number]
@@ -374,6 +378,19 @@ class Split:
                 # Not closed here: another thread may be reading from it. The last reference closes it.
                 self._open.popitem(last=False)
             return opened
+
+    def records(self, number: int) -> np.ndarray:
+        """The index records of a shard, dtype `RECORD`; keeps neither the shard nor its index open."""
+        with self.hold(number) or nullcontext():
+            index = ShardIndex(index_path(self.folder / self.shards[number].file))
+            records = index.records.copy()
+            index.close()
+        return records
+
+    def let_go(self) -> None:
+        """Closes the shards that this process has open."""
+        with self._lock:
+            self._open.clear()
 
     def key(self, number: int) -> str:
         shard, row = self.locate(number)

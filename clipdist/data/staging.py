@@ -6,6 +6,7 @@ nothing stays behind when a process dies.
 
 import logging
 import mmap
+import threading
 from math import prod
 
 import numpy as np
@@ -34,12 +35,17 @@ class Staging:
     def pin(self) -> None:
         """Lets the GPU read the pages by itself, after the workers were forked. Without it copies still are right, but
         do not overlap with computation."""
-        code = torch.cuda.cudart().cudaHostRegister(self._tensor.data_ptr(), self._tensor.nbytes, 0)
-        self._pinned = int(code) == 0
+        # In a thread of its own: a failure would stay behind as the thread's last CUDA error, and strike later.
+        thread = threading.Thread(target=self._register)
+        thread.start()
+        thread.join()
+
+    def _register(self) -> None:
+        size = self._tensor.nbytes
+        code = int(torch.cuda.cudart().cudaHostRegister(self._tensor.data_ptr(), size, 0))
+        self._pinned = code == 0
         if not self._pinned:
-            logger.warning(
-                "%d MiB of loader memory could not be pinned (code %d)", self._tensor.nbytes >> 20, int(code)
-            )
+            logger.warning("%d MiB of loader memory could not be pinned (code %d)", size >> 20, code)
 
     def unpin(self) -> None:
         if self._pinned:

@@ -10,8 +10,10 @@ import torch
 
 from clipdist import world
 from clipdist.data.evaluation import EvalPiece, EvalRows, evaluation_loader
+from clipdist.data.loader import worker_errors
 from clipdist.data.shards import Split
 from clipdist.data.text import Tokenizer
+from clipdist.errors import UserError
 from clipdist.model.dual_encoder import DualEncoder
 from clipdist.progress import progress
 
@@ -57,7 +59,7 @@ def embed_split(
     )
     loader = evaluation_loader(rows, rank=who.rank, world_size=who.world_size, workers=workers)
     shown = progress(loader, unit="batch", description=f"embedding {split.name}", quiet=quiet or not who.is_main)
-    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32), worker_errors():
         local = _embed_pieces(model, tokenizer, shown, device)
     model.train(was_training)
     embeddings = _join(world.gather_objects(local), model.config.width)
@@ -68,11 +70,13 @@ def embed_split(
 
 
 def _embed_pieces(
-    model: DualEncoder, tokenizer: Tokenizer, pieces: Iterable[EvalPiece], device: torch.device
+    model: DualEncoder, tokenizer: Tokenizer, pieces: Iterable[EvalPiece | UserError], device: torch.device
 ) -> dict[str, Any]:
     found: dict[str, Any] = {name: [] for name in ("image", "text", "owners", "numbers", "samples", "bad")}
     waiting: list[list[int]] = []
     for piece in pieces:
+        if isinstance(piece, UserError):
+            raise piece
         found["bad"] += piece.bad
         if piece.numbers:
             found["image"].append(model.encode_image(piece.images_n3HW.to(device)).cpu())

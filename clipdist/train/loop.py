@@ -34,6 +34,12 @@ def train(config: "RunConfig") -> int:
         f"{trainer.folder.path}: {trainer.total_steps:,} steps of {trainer.order.global_batch} pairs, "
         f"{per_epoch:,} per epoch, processes: {trainer.world.world_size}, from step {progress.step:,}",
     )
+    if progress.step == trainer.total_steps:  # the recipe now ends where an earlier one went on
+        progress.finished = True
+        trainer.leave_results()
+        trainer.save()
+        trainer.close()
+        return FINISHED
     request, clock = StopRequest(), Clock(config.checkpoint.every_minutes)
     stop = False
     for batch in trainer.batches():

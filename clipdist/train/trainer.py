@@ -133,6 +133,7 @@ class Trainer:
         # What a start without a checkpoint left may come from another recipe.
         if self.world.is_main and not (self.folder.checkpoint and complete.exists()):
             build_tokenizer(self.config.model, captions_of(self.split)).save(kept)
+            self.split.let_go()
             write_atomically(complete, b"")
         world.barrier()
         return Tokenizer.load(kept, self.config.model.text.max_tokens)

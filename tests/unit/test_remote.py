@@ -378,10 +378,11 @@ def test_a_forked_child_keeps_nothing_in_the_cache(local: Path, server: FaultySe
     split = split_of(server, config(cache_gib=1.2 * shard_bytes(local) / shard_cache.GIB))
     held = split.hold(0)
     assert held
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     child.start()
     held.close()
-    split.read(PER_SHARD)  # needs the room of shard 0
+    split.read(PER_SHARD)  # needs the room of shard 0, which the child lets go when it comes to run
+    assert child.is_alive()
     child.kill()
     child.join()
 

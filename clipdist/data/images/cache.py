@@ -441,10 +441,11 @@ def _reserve(descriptor: int, size: int, path: Path) -> None:
 
 
 def clean(folder: Path, keep: Sequence[str], limit_gib: float) -> list[str]:
-    """Removes the least recently opened caches in `folder` until all together take at most `limit_gib`; their names.
+    """Removes the least recently opened caches in `folder` until those not in `keep` take at most `limit_gib` together;
+    their names.
 
-    Never one that a living process has open, nor one in `keep`, nor one of another user's: so the rest may still be
-    above the limit. Nothing but the files of a cache is touched.
+    Never one that a living process has open, nor one of another user's: so the rest may still be above the limit.
+    Nothing but the files of a cache is touched.
     """
     found = []
     for path in folder.iterdir() if folder.is_dir() else []:
@@ -453,10 +454,11 @@ def clean(folder: Path, keep: Sequence[str], limit_gib: float) -> list[str]:
             taken = sum((path / name).stat().st_size for name in (PIXELS, RECORDS) if (path / name).exists())
         except OSError:  # no cache, one that vanished, or a folder that is closed to us
             continue
-        found.append((opened, path, taken))
+        if path.name not in keep:
+            found.append((opened, path, taken))
     total, removed = sum(taken for _, _, taken in found), []
     for _, path, taken in sorted(found):
-        if total > limit_gib * GIB and path.name not in keep and _remove(path):
+        if total > limit_gib * GIB and _remove(path):
             total -= taken
             removed.append(path.name)
     return removed

@@ -97,7 +97,9 @@ def decode_rgb(
         reduction = next(covers, 1)
     pixels, _, profile = source.pixels(reduction, exact)
     pixels = upright(source.in_srgb(pixels, profile), source.orientation)
-    return pixels if pixels.flags.c_contiguous and pixels.flags.writeable else pixels.copy(order="C")
+    # A mirrored axis of one pixel counts as contiguous, but torch refuses its negative stride.
+    plain = pixels.flags.c_contiguous and pixels.flags.writeable and min(pixels.strides) > 0
+    return pixels if plain else pixels.copy(order="C")
 
 
 def load_for_training(

@@ -160,7 +160,8 @@ class _Samples:
         """Completes the sample that is open, if any."""
         if self.key:
             self._record["frame_offset"], self._record["frame_size"] = self._frame
-            self.records.append(sealed(self._record, self.key, self._key_bytes, tuple(self._members.values())))
+            members = tuple(self._members.values())
+            self.records.append(sealed(len(self.keys), self._record, self.key, self._key_bytes, members))
             self.keys.append(self.key)
             self._key_bytes += len(self.key.encode())
         self.key = ""

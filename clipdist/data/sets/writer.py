@@ -191,8 +191,8 @@ def _is_ours(path: Path) -> bool:
     return bool(SHARD_NAME.match(name) or SHARD_NAME.match(name.removesuffix(".idx") + ".tar"))
 
 
-def sealed(record: np.ndarray, key: str, key_offset: int, members: Sequence[bytes]) -> bytes:
-    """A record complete with the place of its key, the picture's size and the checksum, as an index stores it.
+def sealed(row: int, record: np.ndarray, key: str, key_offset: int, members: Sequence[bytes]) -> bytes:
+    """Record number `row` with the place of its key, the picture's size and the checksum, as an index stores it.
 
     `record` has dtype `RECORD`, no dimension, and says where the members lie; `members` are image, JSON and text.
     """
@@ -202,7 +202,7 @@ def sealed(record: np.ndarray, key: str, key_offset: int, members: Sequence[byte
     record["key_offset"], record["key_size"] = key_offset, len(encoded)
     record["width"], record["height"] = displayed_size(members[0])
     record["checksum"] = 0
-    record["checksum"] = sample_checksum(record.tobytes(), encoded, members)
+    record["checksum"] = sample_checksum(row, record.tobytes(), encoded, members)
     return record.tobytes()
 
 
@@ -308,7 +308,7 @@ class _OpenShard:
         frame_offset, written = self.position, self._write(b"".join(parts))
         if self._compressor:
             record["frame_offset"], record["frame_size"] = frame_offset, written
-        self._records.write(sealed(record, key, self._key_bytes, (image, info, text)))
+        self._records.write(sealed(len(self.keys), record, key, self._key_bytes, (image, info, text)))
         self._key_bytes += int(record["key_size"])
         self.keys.append(key)
 

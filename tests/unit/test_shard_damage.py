@@ -211,3 +211,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 def test_other_errors_are_left_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="boom"), disk_errors(tmp_path):
         raise OSError(errno.EIO, "boom")
+
+
+def test_a_record_in_anothers_place_is_found(copy: Path) -> None:
+    index = index_path(first_shard(copy))
+    data = bytearray(index.read_bytes())
+    data[128:192] = data[64:128]
+    index.write_bytes(data)
+    split = ShardSet.open(copy).split("train")
+    assert split.read(0).key == "s0"
+    with pytest.raises(BadSample, match="checksum differs"):
+        split.read(1)

@@ -313,3 +313,14 @@ def test_help_and_version() -> None:
         assert output.getvalue().startswith(f"usage: clipdist {verb}")
     assert main() == (0, text)
     assert main("--version") == (0, f"clipdist {clipdist.__version__}\n")
+
+
+@pytest.mark.usefixtures("signal_handlers")
+def test_a_run_cut_short_where_it_already_stands_is_finished(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = recipe(train__epochs=2, checkpoint__every_steps=7, checkpoint__keep=5)
+    assert cli.main(["train", str(path)]) == 0
+    run = tmp_path / "runs" / "tiny"
+    shutil.rmtree(run / "checkpoints" / "step-00000014")
+    assert cli.main(["train", str(path), "train.epochs=1", "resume=force"]) == 0
+    assert (run / "report.html").exists()
+    assert cli.main(["train", str(path), "train.epochs=1", "resume=force"]) == 0, "finished, nothing to do"

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -246,6 +247,23 @@ def test_a_killed_worker_ends_the_command_with_one_line_and_the_same_command_goe
     assert "going on from" not in done.stderr
     for key in ("train/loss", "data/digest"):
         assert column(run, key) == column(tmp_path / "runs" / "whole", key)
+
+
+def test_a_request_to_stop_that_reaches_workers_too_leaves_a_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
+    """As launchers and SLURM send it: to every process at once."""
+    path = recipe(data__workers=2, data__val_split="", train__epochs=200)
+    run = tmp_path / "runs" / "tiny"
+    process = subprocess.Popen(command(path), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    end = time.monotonic() + 120
+    while not ((run / "metrics.jsonl").exists() and max(column(run, "train/loss"), default=0) >= 3):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, errors
+    assert (run / "checkpoints" / "latest").exists()
+    assert "Traceback" not in errors
 
 
 class _Struck(io.BytesIO):

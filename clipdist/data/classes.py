@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from clipdist.data.shards import BadSample, ShardFile, Split, fsync_folder
+from clipdist.data.shards import BadSample, Split, fsync_folder
 from clipdist.errors import UserError, disk_errors
 from clipdist.progress import progress
 from clipdist.user_cache import user_cache
@@ -287,7 +287,7 @@ def _read_shard(split: Split, field: str, number: int) -> _Found:
     codes: dict[str, int] = {}
     for row in range(shard.index.samples):
         try:
-            fields = _fields(shard, row)
+            fields = shard.fields(row)
         except BadSample as error:
             found.unreadable.append(f"{shard.index.key(row)}: {error}")
             continue
@@ -298,22 +298,3 @@ def _read_shard(split: Split, field: str, number: int) -> _Found:
             found.first_lacking = found.first_lacking or shard.index.key(row)
     found.names = list(codes)
     return found
-
-
-def _fields(shard: ShardFile, row: int) -> dict[str, object]:
-    """The JSON member of a sample alone; `BadSample` when it cannot be read."""
-    _, entry, _ = shard.index.entry(row)
-    if not entry.json_size:
-        return {}
-    end = entry.json_offset + entry.json_size
-    if shard.index.zstd:
-        info = shard._frame(entry.frame_offset, entry.frame_size, end)[entry.json_offset : end]
-    else:
-        info = shard._pread(entry.json_offset, entry.json_size)
-    try:
-        fields = json.loads(info)
-    except (ValueError, RecursionError) as error:
-        raise BadSample(f"unreadable JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise BadSample(f"the JSON member holds a {type(fields).__name__}, expected an object")
-    return fields

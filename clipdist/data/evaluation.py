@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from clipdist.data.images.decode import load_for_evaluation
 from clipdist.data.images.geometry import ResizeMode
 from clipdist.data.loader import ROWS_PER_TASK, quiet_worker, unchanged
-from clipdist.data.mixing import MixedSplit
 from clipdist.data.order import share
 from clipdist.data.shards import BadSample, RawSample, Split
 from clipdist.data.text import Tokenizer
@@ -34,7 +33,7 @@ class EvalRows(Dataset[EvalPiece | UserError]):
 
     def __init__(
         self,
-        split: Split | MixedSplit,
+        split: Split,
         *,
         side: int,
         resize: ResizeMode,

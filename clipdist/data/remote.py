@@ -288,7 +288,9 @@ class RemoteShards:
         while True:
             try:
                 return self.cache.hold(self.files.url, self.digest, info, index, size_of_index, read, stopped)
-            except CacheFull:
+            except CacheFull as full:
+                if full.for_ever:
+                    raise
                 if let_go():
                     continue
                 if time.monotonic() > patience or stopped():

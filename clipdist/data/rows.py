@@ -15,7 +15,6 @@ from clipdist.data.images.cache import DecodedCache, cached_size
 from clipdist.data.images.decode import augment_pixels, decode_rgb, image_size, load_for_training
 from clipdist.data.images.geometry import ResizeMode
 from clipdist.data.images.resize import resize_exact, resize_rgb
-from clipdist.data.mixing import MixedSplit
 from clipdist.data.order import SampleOrder, philox, sample_generator
 from clipdist.data.shards import BadSample, RawSample, Split
 from clipdist.data.staging import Staging
@@ -73,7 +72,7 @@ class TrainRows(Dataset[Piece | UserError]):
 
     def __init__(
         self,
-        split: Split | MixedSplit,
+        split: Split,
         order: SampleOrder,
         config: DataConfig,
         *,

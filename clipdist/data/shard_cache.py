@@ -40,7 +40,9 @@ _PARTIAL = re.compile(r"(?P<name>.+)~(?P<bytes>\d+)")
 
 
 class CacheFull(UserError):
-    """What is held at once leaves no room for one more shard."""
+    """What is held at once leaves no room for one more shard. `for_ever`: nor would there be any without it."""
+
+    for_ever = False
 
 
 class Stopped(Exception):
@@ -214,10 +216,12 @@ class ShardCache:
                 if _remove(shard):
                     used -= entry.bytes
             if used + need > self.limit:
-                raise CacheFull(
+                full = CacheFull(
                     f"{self.folder}: the shards open at once need {(used + need) / GIB:.3g} GiB, "
                     f"data.remote.cache_gib={self.limit / GIB:.3g}; set it to at least {(used + need) * 1.05 / GIB:.3g}"
                 )
+                full.for_ever = need > self.limit
+                raise full
             with disk_errors(self.folder):
                 for partial in partials:
                     partial.touch()

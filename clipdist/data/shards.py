@@ -245,6 +245,20 @@ class ShardFile:
         fields, texts = _parse_texts(info, text)
         return RawSample(key.decode(errors="replace"), image, IMAGE_EXTENSIONS[entry.image_kind], texts, fields)
 
+    def fields(self, row: int) -> dict[str, Any]:
+        """The JSON member of sample `row` alone, `text` included; its checksum, which is the whole sample's, is not
+        compared. Raises `BadSample`."""
+        _, entry, _ = self.index.entry(row)
+        end = entry.json_offset + entry.json_size
+        if self.index.zstd and entry.json_size:
+            info = self._frame(entry.frame_offset, entry.frame_size, end)[entry.json_offset : end]
+        else:
+            info = self._pread(entry.json_offset, entry.json_size)
+        try:
+            return json_fields(info)
+        except ValueError as error:
+            raise BadSample(f"unreadable JSON: {error}") from None
+
     def _pread(self, offset: int, size: int) -> bytes:
         # Asked before reading: a damaged index may speak of many gigabytes.
         if offset + size > self.index.tar_bytes:
@@ -273,16 +287,24 @@ class ShardFile:
         return block
 
 
-def _parse_texts(info: bytes, text: bytes) -> tuple[dict[str, Any], list[str]]:
+def json_fields(info: bytes) -> dict[str, Any]:
+    """The fields of a JSON member; none when it is empty. ValueError says why it cannot be used."""
     try:
         fields = json.loads(info) if info else {}
-        plain = text.decode() if text else ""
         if b"\\u" in info:  # an escape may stand for half a character, which is no text
             json.dumps(fields, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, endless digits or nesting
-        raise BadSample(f"unreadable caption: {error}") from None
+    except RecursionError as error:  # endless nesting
+        raise ValueError(str(error)) from None
     if not isinstance(fields, dict):
-        raise BadSample(f"unreadable caption: the JSON member holds a {type(fields).__name__}, expected an object")
+        raise ValueError(f"the JSON member holds a {type(fields).__name__}, expected an object")
+    return fields
+
+
+def _parse_texts(info: bytes, text: bytes) -> tuple[dict[str, Any], list[str]]:
+    try:
+        fields, plain = json_fields(info), text.decode()
+    except ValueError as error:  # no JSON, no UTF-8, endless digits
+        raise BadSample(f"unreadable caption: {error}") from None
     found = fields.pop("text", None) or plain
     texts = [found] if isinstance(found, str) else found
     if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):

@@ -1,7 +1,9 @@
 """A small shard set, plain and compressed, for the tests of shards."""
 
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,3 +20,17 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def copy(made: Path, tmp_path: Path) -> Path:
     """The same set, to be damaged."""
     return shutil.copytree(made, tmp_path / "copy")
+
+
+@pytest.fixture
+def appeared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were put in place by renaming, in order."""
+    names: list[str] = []
+    replace = os.replace
+
+    def note(source: Any, target: Any) -> None:
+        names.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", note)
+    return names

@@ -18,9 +18,11 @@ from clipdist.data import classes
 from clipdist.data.classes import ClassSources, class_shares, class_table
 from clipdist.data.config import DataConfig
 from clipdist.data.mixing import order_of
+from clipdist.data.sets.index import index_folder
 from clipdist.data.sets.writer import ShardSetWriter
 from clipdist.data.shards import ShardSet
 from clipdist.errors import UserError
+from tests.unit.tars import PNG, plain_tar
 
 
 @given(st.lists(st.integers(1, 10**6), min_size=1, max_size=20), st.floats(1, 100))
@@ -126,6 +128,15 @@ def test_samples_with_unreadable_fields_are_left_out_and_named(
     assert by_label(table) == {"a": [0, 4], "b": [1, 3]}
     assert table.left_out == 1
     assert "1 samples without readable fields are in no class of label and left out: k2: unreadable JSON" in caplog.text
+
+
+def test_half_a_character_is_no_name_of_a_class(tmp_path: Path) -> None:
+    members = [("a.png", PNG), ("a.json", b'{"text": "x", "label": "\\ud800"}')]
+    plain_tar(tmp_path / "train-0.tar", [*members, ("b.png", PNG), ("b.json", b'{"text": "x", "label": "y"}')])
+    index_folder(tmp_path)
+    table = class_table(ShardSet.open(tmp_path).split("train"), "label")
+    assert by_label(table) == {"y": [1]}
+    assert table.left_out == 1
 
 
 def _ask(folder: Path, log: Path) -> None:

@@ -360,7 +360,10 @@ def test_one_reader_closes_its_own_shards_before_it_gives_up(local: Path, server
     assert all_of(split_of(server, small)) == expected(local)
 
 
-def test_a_bound_below_what_is_open_at_once(local: Path, server: FaultyServer, config: Any) -> None:
+def test_a_bound_below_what_is_open_at_once(
+    local: Path, server: FaultyServer, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clipdist.data.remote.FULL_SECONDS", 0.2)
     split = split_of(server, config(cache_gib=1.2 * shard_bytes(local) / shard_cache.GIB))
     need = 2 * shard_bytes(local) / shard_cache.GIB
     with split.hold(0), pytest.raises(CacheFull, match=f"need {need:.3g} GiB, data.remote.cache_gib=.*set it to at"):  # type: ignore[union-attr]

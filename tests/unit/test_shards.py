@@ -109,17 +109,7 @@ def test_equal_calls_give_equal_bytes(zstd: bool, tmp_path: Path) -> None:
     assert Manifest.load(write_set(tmp_path / "c", samples=6)).digest != Manifest.load(one).digest
 
 
-def test_files_are_whole_when_they_appear_and_the_manifest_is_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    appeared: list[str] = []
-    replace = os.replace
-
-    def note(source: Any, target: Any) -> None:
-        appeared.append(Path(target).name)
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", note)
+def test_files_are_whole_when_they_appear_and_the_manifest_is_last(tmp_path: Path, appeared: list[str]) -> None:
     write_set(tmp_path / "set", samples=4, per_shard=3)
     assert appeared[0] == UNFINISHED
     assert appeared[-1] == "manifest.json"

@@ -1,7 +1,6 @@
 """What `clipdist repack` reads: a shard set, or a folder of tars, however they were written."""
 
 import contextlib
-import json
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 from clipdist.data.sets.index import index_folder, split_name
 from clipdist.data.sets.writer import UNFINISHED, ShardSetWriter
 from clipdist.data.shard_index import IMAGE_EXTENSIONS
-from clipdist.data.shards import MANIFEST, ShardSet
+from clipdist.data.shards import MANIFEST, ShardSet, json_fields
 from clipdist.errors import UserError, disk_errors
 
 END = 1024  # bytes of zeros that end a tar
@@ -120,10 +119,7 @@ def _parts(sample: dict[str, Any]) -> tuple[bytes, str, dict[str, Any]]:
     if len(held) != 1:
         raise ValueError(f"{len(held)} images, expected one")
     try:
-        fields = json.loads(sample["json"]) if sample.get("json") else {}
-        text = sample.get("txt", b"").decode()
-    except (ValueError, RecursionError) as error:
+        fields, text = json_fields(sample.get("json", b"")), sample.get("txt", b"").decode()
+    except ValueError as error:
         raise ValueError(f"unreadable caption: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"unreadable caption: the JSON member holds a {type(fields).__name__}, expected an object")
     return sample[held[0]], held[0], fields if fields.get("text") else {**fields, "text": text}

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from clipdist.data.order import consumed_hash, share
 from clipdist.data.rows import BadRecord, Piece, Task, TrainRows
-from clipdist.data.staging import Staging
+from clipdist.data.staging import OwnMemory, Staging
 from clipdist.errors import UserError, WorkerKilled
 
 if TYPE_CHECKING:
@@ -115,15 +115,17 @@ class TrainLoader:
                 f"train.global_batch={order.global_batch} does not divide by {world_size} processes; "
                 f"choose a multiple of {world_size}, or another number of processes"
             )
-        self.rows, self.device, self.workers = rows, device or torch.device("cpu"), config.workers
+        self.rows, self.device = rows, device or torch.device("cpu")
         self.first_step, self.steps = first_step, steps
         start, stop = share(order.global_batch, rank, world_size)
         self.rows_per_rank = stop - start
         rows.first_row = start
+        self._shared: Staging | None = None
         if config.workers:
             # Work is handed out this far ahead of the batch that is being put together, which holds a slot itself.
             ahead = math.ceil(config.workers * config.prefetch / math.ceil(self.rows_per_rank / ROWS_PER_TASK))
-            rows.staging = Staging(ahead + 2, self.rows_per_rank, rows.side)
+            self._shared = Staging(ahead + 2, self.rows_per_rank, rows.side)
+        rows.staging = self._shared or OwnMemory(self.rows_per_rank, rows.side)
         self._loader = DataLoader(
             rows,
             batch_size=None,
@@ -138,7 +140,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         source = iter(self._loader)  # forks the workers: before any thread is there
-        batches = self._in_background(source) if self.workers else self._assembled(source)
+        batches = self._in_background(source, self._shared) if self._shared else self._assembled(source)
         with closing(batches), worker_errors(), self._read_ahead() as ahead:
             while True:
                 began = time.perf_counter()
@@ -161,10 +163,8 @@ class TrainLoader:
         upcoming = upcoming_shards(order, split, first_row, first_row + self.rows_per_rank, self.first_step, self.steps)
         return ReadAhead(split, upcoming, self.rows.config.remote.read_ahead_shards)
 
-    def _in_background(self, source: Iterator[Any]) -> Generator[Batch]:
+    def _in_background(self, source: Iterator[Any], staging: Staging) -> Generator[Batch]:
         """Batches put together by a thread, one ahead of the training step."""
-        staging = self.rows.staging
-        assert staging is not None
         if self.device.type == "cuda":
             staging.pin()
         ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=1)
@@ -221,14 +221,10 @@ class TrainLoader:
         groups = None
         if pieces[0].groups is not None:
             groups = torch.tensor([group for piece in pieces for group in piece.groups or []], dtype=torch.int64)
-        if self.rows.staging is not None:
-            images = self.rows.staging.batch(step, self.device)
-        else:
-            parts = [torch.from_numpy(piece.images) for piece in pieces if piece.images is not None]
-            images = torch.cat(parts).permute(0, 3, 1, 2)
+        assert self.rows.staging is not None
         batch = Batch(
             step=step,
-            images_b3HW=images,
+            images_b3HW=self.rows.staging.batch(step, self.device),
             token_ids_bT=tokens,
             attention_mask_bT=mask,
             group_b=groups,

@@ -17,7 +17,7 @@ from clipdist.data.images.geometry import ResizeMode
 from clipdist.data.images.resize import resize_exact, resize_rgb
 from clipdist.data.order import SampleOrder, philox, sample_generator
 from clipdist.data.shards import BadSample, RawSample, Split
-from clipdist.data.staging import Staging
+from clipdist.data.staging import Pixels
 from clipdist.data.text import Tokenizer
 from clipdist.errors import UserError
 
@@ -44,7 +44,7 @@ class Task:
 
 @dataclass
 class Piece:
-    """The rows of a task. `images` is None when they were put into the staging memory."""
+    """The rows of a task. `images` is None when they were put into `TrainRows.staging`."""
 
     step: int
     images: np.ndarray | None  # uint8 [n, side, side, 3]
@@ -83,7 +83,7 @@ class TrainRows(Dataset[Piece | UserError]):
     ) -> None:
         self.split, self.order, self.config = split, order, config
         self.side, self.resize, self.tokenizer, self.cache = side, resize, tokenizer, cache
-        self.staging: Staging | None = None
+        self.staging: Pixels | None = None
         self.first_row = 0
 
     def __getitem__(self, task: Task) -> Piece | UserError:

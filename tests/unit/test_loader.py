@@ -307,3 +307,14 @@ def test_equal_strings_are_equal_groups_within_int64() -> None:
     assert len(set(numbers)) == 4
     assert all(-(2**63) <= number < 2**63 for number in numbers)
     assert min(numbers) < 0 < max(numbers)
+
+
+def test_a_batch_stays_as_it_was_when_the_loader_is_iterated_again(make: Make) -> None:
+    """Without workers a batch is handed over, not copied: its memory must not be filled a second time."""
+    loader = TrainLoader(make(), rank=0, world_size=1, first_step=3, steps=4)
+    (first,) = loader
+    before = first.images_b3HW.clone()
+    loader.rows.order = make(lanes=1).order  # other samples for the same step
+    (second,) = loader
+    assert torch.equal(first.images_b3HW, before)
+    assert not torch.equal(first.images_b3HW, second.images_b3HW)

@@ -23,9 +23,9 @@ from clipdist.loss.contrastive import LossConfig
 from clipdist.model.dual_encoder import ModelConfig
 from clipdist.settings import field, settings
 from clipdist.train.checkpoint import CheckpointConfig
+from clipdist.train.config import TrainConfig
 from clipdist.train.metrics import LogConfig
 from clipdist.train.optim import OptimConfig
-from clipdist.train.trainer import TrainConfig
 from clipdist.train.validate import EvaluateConfig
 
 
@@ -76,6 +76,7 @@ NOT_MATHS = (
     "data.cache_folder",
     "data.cache_gib",
     "train.processes",
+    "train.micro_batch",
     "train.compile",
     "evaluate.workers",
     "evaluate.panels",

@@ -49,7 +49,7 @@ def clipdist_loader(order: Order, first_step: int = 0, cached: bool = False) -> 
     from clipdist.data.mixing import Mixture
     from clipdist.data.rows import TrainRows
     from clipdist.data.text import Tokenizer
-    from clipdist.train.trainer import TrainConfig
+    from clipdist.train.config import TrainConfig
 
     options = {"cache": "decoded", "cache_folder": str(Path(order["folder"]).parent / "cache")} if cached else {}
     crops = AugmentConfig(crop_area=CROP_AREA)

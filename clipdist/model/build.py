@@ -47,10 +47,19 @@ def rebuild_model(config: ModelConfig, tokenizer: Tokenizer, text_config: Path) 
     return DualEncoder(config, image, text)
 
 
-def synchronise_batch_norm(model: DualEncoder, device: torch.device) -> DualEncoder:
-    """Batch statistics over the global batch, so that the result does not depend on the number of ranks."""
+def settle_batch_norm(model: DualEncoder, device: torch.device, ranks: int, micro_batches: int) -> DualEncoder:
+    """Batch statistics over the global batch, so that the result depends neither on the number of ranks nor on how a
+    rank's rows are embedded."""
+    if model.image.batch_norm == "frozen" or ranks == micro_batches == 1:
+        return model
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return model
+    if micro_batches > 1:
+        raise UserError(
+            "this image tower has batch normalisation, whose statistics are those of the whole batch, which "
+            "train.micro_batch never has in memory; set model.image.batch_norm=frozen, train.micro_batch=0, or choose "
+            "a tower with layer normalisation"
+        )
     if device.type != "cuda":
         raise UserError(
             "this image tower has batch normalisation, whose statistics over several processes need GPUs; without: "

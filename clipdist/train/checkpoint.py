@@ -1,7 +1,10 @@
 """Checkpoints: complete or absent, checksummed, and small in number.
 
-    checkpoints/step-00001200/model.safetensors  optimizer.pt  state.json  checksums.json
+    checkpoints/step-00001200/model.safetensors  optimizer.safetensors  state.json  checksums.json
     checkpoints/latest                           the name of the newest complete one
+
+Weights and what the optimiser keeps (`exp_avg/<parameter>`, …) are stored whole and by the parameters' names, so any
+engine on any number of processes reads them.
 
 No random states are kept, because none exist between steps: every step seeds its generators from (seed, step, rank).
 """
@@ -14,20 +17,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from clipdist.data.shards import checksum_file, fsync_folder, write_atomically
 from clipdist.errors import UserError, disk_errors
 from clipdist.model.saved import plain
 from clipdist.settings import settings
+from clipdist.train.engine import OptimizerState
 
 logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"^step-(\d{8,})$")
 LATEST = "latest"
-FILES = {"model.safetensors", "optimizer.pt", "state.json"}
+FILES = {"model.safetensors", "optimizer.safetensors", "state.json"}
 
 
 @settings
@@ -41,7 +45,7 @@ class CheckpointConfig:
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: dict[str, torch.Tensor], optimizer: dict[str, Any], state: dict[str, Any], keep: int
+    folder: Path, step: int, model: dict[str, Tensor], optimizer: OptimizerState, state: dict[str, Any], keep: int
 ) -> Path:
     """Writes `folder/step-…` beside, syncs and renames it, then points `latest` at it and removes older ones.
 
@@ -72,12 +76,12 @@ def save_checkpoint(
 
 
 def _write(
-    partial: Path, step: int, model: dict[str, torch.Tensor], optimizer: dict[str, Any], state: dict[str, Any]
+    partial: Path, step: int, model: dict[str, Tensor], optimizer: OptimizerState, state: dict[str, Any]
 ) -> None:
     partial.mkdir(parents=True)
-    save_file({name: plain(tensor) for name, tensor in model.items()}, partial / "model.safetensors")
-    with open(partial / "optimizer.pt", "wb") as file:  # given a path, torch.save hides why it failed
-        torch.save(optimizer, file)
+    moments = {f"{kind}/{name}": value for name, kept in optimizer.items() for kind, value in kept.items()}
+    for tensors, file in ((model, "model.safetensors"), (moments, "optimizer.safetensors")):
+        save_file({name: plain(tensor) for name, tensor in tensors.items()}, partial / file)
     (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
     sums = {path.name: checksum_file(path) for path in sorted(partial.iterdir())}
     (partial / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
@@ -123,10 +127,11 @@ def _fault(path: Path) -> str | None:
     return None
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
-    """(model weights, optimiser state, state) on the CPU; nothing in it is unpickled but tensors and plain values."""
-    return (
-        load_file(path / "model.safetensors"),
-        torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
-        json.loads((path / "state.json").read_text(encoding="utf-8")),
-    )
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], OptimizerState, dict[str, Any]]:
+    """(model weights, optimiser state, state) on the CPU; nothing in it is unpickled."""
+    optimizer: OptimizerState = {}
+    for key, value in load_file(path / "optimizer.safetensors").items():
+        kind, _, name = key.partition("/")
+        optimizer.setdefault(name, {})[kind] = value
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return load_file(path / "model.safetensors"), optimizer, state

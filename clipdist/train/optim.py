@@ -33,9 +33,9 @@ class OptimConfig:
     """Validations without improvement before the learning rate is multiplied by `plateau_factor`."""
 
 
-def build_optimizer(model: DualEncoder, config: OptimConfig, fused: bool) -> torch.optim.AdamW:
-    """AdamW over all parameters, frozen ones too: a frozen parameter has no gradient and is passed over, so stages
-    need no rebuilding. Each group carries `lr_scale` and `part`."""
+def build_optimizer(model: DualEncoder, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW over all parameters, frozen ones too: a frozen one has no gradient and is passed over, so stages need
+    no rebuilding. Each group carries `lr_scale` and `part`."""
     scales = {"image": config.image_lr_scale, "text": config.text_lr_scale}
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -55,7 +55,7 @@ def build_optimizer(model: DualEncoder, config: OptimConfig, fused: bool) -> tor
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
-        fused=fused,
+        fused=True,
     )
 
 
@@ -83,10 +83,10 @@ class Schedule:
             return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
         return config.lr * max(config.min_lr_fraction, self.plateau_factor)
 
-    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+    def apply(self, param_groups: list[dict[str, Any]], step: int) -> float:
         """Sets every group's learning rate and returns the unscaled one."""
         lr = self.lr(step)
-        for group in optimizer.param_groups:
+        for group in param_groups:
             group["lr"] = lr * group["lr_scale"]
         return lr
 

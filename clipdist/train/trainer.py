@@ -9,17 +9,13 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
-from pydantic import NonNegativeFloat, NonNegativeInt
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipdist import settings as s
 from clipdist import world
 from clipdist.data.caching import open_cache
 from clipdist.data.loader import MASK_64, Batch, TrainLoader
@@ -32,14 +28,17 @@ from clipdist.data.text import Tokenizer, captions_of
 from clipdist.errors import UserError
 from clipdist.evaluate.embed import embed_split
 from clipdist.loss import ContrastiveLoss
-from clipdist.model.build import build_model, build_tokenizer, synchronise_batch_norm
+from clipdist.model.build import build_model, build_tokenizer, settle_batch_norm
 from clipdist.model.dual_encoder import DualEncoder
 from clipdist.model.freeze import StageConfig, apply_stage, stage_of, trainable_count, unused_parameters
 from clipdist.model.saved import save_model
 from clipdist.train.checkpoint import read_checkpoint, save_checkpoint
+from clipdist.train.config import check
+from clipdist.train.engine import Inputs, make_accelerator, make_engine
 from clipdist.train.metrics import MetricsWriter, memory_gib, peak_flops
-from clipdist.train.optim import Schedule, build_optimizer, gradient_norms, moving_statistics
+from clipdist.train.optim import Schedule, moving_statistics
 from clipdist.train.run_folder import RunFolder, open_run, write_environment
+from clipdist.train.step import compute_gradient
 from clipdist.train.validate import MONITORS, validate
 
 if TYPE_CHECKING:
@@ -48,24 +47,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@s.settings
-class TrainConfig:
-    global_batch: int
-    """Pairs per step over all ranks: each is contrasted with all the others."""
-    epochs: int
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    max_grad_norm: NonNegativeFloat = 1.0
-    """0: gradients are not clipped."""
-    stages: tuple[StageConfig, ...] = ()
-    """What trains when; everything from the start when empty."""
-    compile: bool = False
-    """torch.compile for both towers."""
-    processes: NonNegativeInt = 0
-    """How many processes the run must have; 0: as many as are launched."""
-    max_skipped_in_a_row: NonNegativeInt = 5
-    """Steps with a non-finite loss or gradient, which change nothing, before the run stops."""
 
 
 @dataclass
@@ -98,11 +79,7 @@ class Trainer:
     def __init__(self, config: "RunConfig") -> None:
         self.config = config
         check(config)
-        use_cpu = not torch.cuda.is_available()
-        # Buffers need no broadcast: batch statistics are synchronised or frozen, so ranks never differ in them.
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        precision = {"fp32": "no"}.get(config.train.precision, config.train.precision)
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu, kwargs_handlers=[ddp])
+        self.accelerator = make_accelerator(config.train.precision)
         self.world = world.check_size(config.train.processes)
         self.device = self.accelerator.device
         self.data = Mixture.open(config.data, open_or_index)
@@ -143,20 +120,19 @@ class Trainer:
         self.model: DualEncoder = build_model(config.model, self.tokenizer, config.seed).to(self.device)
         self.unused = unused_parameters(self.model)
         self.temperature_learns = config.model.temperature.learned
-        if self.world.world_size > 1 and self.model.image.batch_norm == "global":
-            self.model = synchronise_batch_norm(self.model, self.device)
+        rows = config.train.global_batch // self.world.world_size
+        self.micro_batch = config.train.micro_batch or rows
+        self.model = settle_batch_norm(self.model, self.device, self.world.world_size, rows // self.micro_batch)
         if config.train.compile:
             self.model.image.compile()
             self.model.text.compile()
         self.criterion = ContrastiveLoss(**asdict(config.loss))
-        optimizer = build_optimizer(self.model, config.optim, fused=self.device.type == "cuda")
-        self.optimizer: Any = self.accelerator.prepare_optimizer(optimizer)
+        self.engine = make_engine(self.accelerator, self.model, config.optim)
         self.parameters = {
             "image tower": sum(p.numel() for p in self.model.image.parameters()),
             "text tower": sum(p.numel() for p in self.model.text.parameters()),
             "total": sum(p.numel() for p in self.model.parameters()),
         }
-        self.engine: nn.Module = self.model
         self.stage: StageConfig | None = None
 
     def enter_epoch(self, epoch: int) -> None:
@@ -164,13 +140,10 @@ class Trainer:
         stage = stage_of(self.config.train.stages, epoch)
         if stage == self.stage:
             return
-        if self.stage is not None:
-            self.accelerator.unwrap_model(self.engine, keep_fp32_wrapper=False)
-            self.accelerator.free_memory()
         self.stage = stage
         apply_stage(self.model, stage, self.unused)
         self.model.train()
-        self.engine = self.accelerator.prepare_model(self.model)
+        self.engine.enter_stage()
         if self.world.is_main:
             logger.info(
                 "epoch %d on: image %s, text %s; %s of %s parameters train",
@@ -184,11 +157,10 @@ class Trainer:
     def _restore(self) -> None:
         assert self.folder.checkpoint is not None
         weights, optimizer, state = read_checkpoint(self.folder.checkpoint)
-        self.model.load_state_dict(weights)
-        self.optimizer.load_state_dict(optimizer)
+        self.engine.load(weights, optimizer)
         self.schedule.load_state_dict(state.pop("schedule"))
-        if (scaler := state.pop("scaler")) and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(scaler)
+        if (scaler := state.pop("scaler")) and self.engine.scaler is not None:
+            self.engine.scaler.load_state_dict(scaler)
         state["digest"] = int(state["digest"], 16)
         self.progress = Progress(**state)
         if self.progress.step > self.total_steps:
@@ -224,40 +196,35 @@ class Trainer:
 
         A loss or gradient that is not finite changes nothing: averaged over ranks, it is so on all of them.
         """
-        # Dropout and its like: a function of seed, step and rank, so that no generator's state need be saved.
-        torch.manual_seed(int(philox("step", self.config.seed, batch.step, self.world.rank).random_raw() >> 1))
-        lr = self.schedule.apply(self.optimizer, batch.step)
+        lr = self.schedule.apply(self.engine.param_groups, batch.step)
         statistics = moving_statistics(self.model)
+        inputs = Inputs(batch.images_b3HW, batch.token_ids_bT, batch.attention_mask_bT)
         with self._count_flops():
-            with self.accelerator.autocast():
-                encoded = self.engine(batch.images_b3HW, batch.token_ids_bT, batch.attention_mask_bT)
-            loss = self.criterion(*encoded, group_b=batch.group_b)
-            self.accelerator.backward(loss)
-        self.accelerator.unscale_gradients(self.optimizer)
-        norms = gradient_norms(self.model)
+            gradient = compute_gradient(
+                self.engine, self.criterion, inputs, batch.group_b, self.micro_batch, partial(self._seed, batch.step)
+            )
+        norms = self.engine.gradient_norms()
         total = math.sqrt(sum(norm**2 for norm in norms.values()))
-        scaled = self.accelerator.scaler is not None
-        finite = math.isfinite(total) and math.isfinite(float(loss.detach()))
-        if finite or scaled:  # a scaler passes over such a step by itself, and must hear of it
-            limit = self.config.train.max_grad_norm
-            if limit and finite:
-                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, torch.tensor(total))
-            self.optimizer.step()
-            if self.temperature_learns:
-                self.model.temperature.clamp()
+        finite = math.isfinite(total) and math.isfinite(gradient.loss)
+        self.engine.update(total, self.config.train.max_grad_norm, finite)
+        if self.temperature_learns:
+            self.model.temperature.clamp()
         if not finite:
             for buffer, before in statistics:
                 buffer.copy_(before)
-        self.optimizer.zero_grad(set_to_none=True)
         self._note_step(batch, finite)
         return {
-            "train/loss": float(loss.detach()),
+            "train/loss": gradient.loss,
             "train/lr": lr,
-            "train/logit_scale": float(encoded.logit_scale.detach()),
-            "train/temperature": 1 / float(encoded.logit_scale.detach()),
+            "train/logit_scale": gradient.logit_scale,
+            "train/temperature": 1 / gradient.logit_scale,
             "train/grad_norm": total,
             **{f"train/grad_norm_{part}": norm for part, norm in norms.items()},
         }
+
+    def _seed(self, step: int, micro_batch: int) -> None:
+        """Dropout and its like: a function of seed, step, rank and micro-batch, so that no state need be saved."""
+        torch.manual_seed(int(philox("step", self.config.seed, step, self.world.rank, micro_batch).random_raw() >> 1))
 
     def _count_flops(self) -> Any:
         """Counts one step's floating-point operations, once, where a peak to compare with is known."""
@@ -276,7 +243,7 @@ class Trainer:
         self.interval.steps += 1
         self.interval.skipped += not finite
         self.interval.wait_seconds += batch.wait_seconds
-        if self.progress.skipped_in_a_row > self.config.train.max_skipped_in_a_row and self.accelerator.scaler is None:
+        if self.progress.skipped_in_a_row > self.config.train.max_skipped_in_a_row and self.engine.scaler is None:
             raise UserError(
                 f"step {batch.step}: the loss or a gradient was not finite for {self.progress.skipped_in_a_row} steps "
                 f"in a row; none of them changed the weights. Lower optim.lr, or use bf16 or fp32"
@@ -353,9 +320,10 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of the current step."""
         digest = self.digest()
+        weights, optimizer = self.engine.weights(), self.engine.optimizer_state()
         if self.writer:
             self.writer.sync()
-            scaler = self.accelerator.scaler
+            scaler = self.engine.scaler
             state = {
                 **asdict(self.progress),
                 "digest": f"{digest:016x}",
@@ -366,8 +334,8 @@ class Trainer:
             save_checkpoint(
                 self.folder.checkpoints,
                 self.progress.step,
-                self.model.state_dict(),
-                self.optimizer.state_dict(),
+                weights,
+                optimizer,
                 state,
                 self.config.checkpoint.keep,
             )
@@ -473,21 +441,3 @@ class Trainer:
             "notes": self.data.notes,
         }
         save_model(self.folder.path / "model", self.model, self.tokenizer, scores=scores, about=about)
-
-
-def check(config: "RunConfig") -> None:
-    """What types cannot say; `UserError` before anything is loaded."""
-    train = config.train
-    if train.global_batch < 2 or train.epochs < 1:
-        raise UserError(
-            f"train.global_batch={train.global_batch} and train.epochs={train.epochs}: expected at least 2 and 1"
-        )
-    if train.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("train.precision=fp16 needs a GPU; without one use bf16 or fp32")
-    if config.evaluate.monitor not in MONITORS:
-        raise UserError(f"evaluate.monitor={config.evaluate.monitor!r}, expected one of {', '.join(MONITORS)}")
-    if config.loss.kind == "sigmoid" and config.model.temperature.bias is None:
-        raise UserError("loss.kind=sigmoid needs a logit bias: set model.temperature.bias=-10")
-    if "/" in config.name or config.name in ("", ".", ".."):
-        raise UserError(f"name={config.name!r}: expected a plain folder name")
-    ContrastiveLoss(**asdict(config.loss))

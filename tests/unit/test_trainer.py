@@ -13,8 +13,9 @@ import torch
 from clipdist.config import load_config
 from clipdist.data.sets.writer import ShardSetWriter
 from clipdist.errors import UserError
+from clipdist.train.config import check
 from clipdist.train.loop import train
-from clipdist.train.trainer import Trainer, check
+from clipdist.train.trainer import Trainer
 from tests.conftest import picture
 
 Recipe = Callable[..., Path]
@@ -30,9 +31,9 @@ def steps(trainer: Trainer, count: int) -> list[dict[str, float]]:
 
 
 def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
-    moments = trainer.optimizer.state_dict()["state"]
-    found = {f"{number}.{name}": value for number, state in moments.items() for name, value in state.items()}
-    return {name: tensor.clone() for name, tensor in (trainer.model.state_dict() | found).items()}
+    kept = trainer.engine.optimizer_state()
+    moments = {f"{name}.{kind}": value for name, state in kept.items() for kind, value in state.items()}
+    return {name: tensor.clone() for name, tensor in (trainer.engine.weights() | moments).items()}
 
 
 def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:

@@ -1,0 +1,64 @@
+"""What a recipe's `train` section can say, and what of a recipe is checked before anything is loaded."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt
+
+from clipdist import world
+from clipdist.errors import UserError
+from clipdist.loss import ContrastiveLoss
+from clipdist.model.freeze import StageConfig
+from clipdist.settings import settings
+from clipdist.train.engine import Precision
+from clipdist.train.validate import MONITORS
+
+if TYPE_CHECKING:
+    from clipdist.config import RunConfig
+
+
+@settings
+class TrainConfig:
+    global_batch: int
+    """Pairs per step over all ranks: each is contrasted with all the others."""
+    epochs: int
+    micro_batch: NonNegativeInt = 0
+    """Pairs per rank that are in memory at a time; 0: all of the rank's share. A smaller number costs a second forward
+    pass and changes no gradient."""
+    precision: Precision = "fp32"
+    max_grad_norm: NonNegativeFloat = 1.0
+    """0: gradients are not clipped."""
+    stages: tuple[StageConfig, ...] = ()
+    """What trains when; everything from the start when empty."""
+    compile: bool = False
+    """torch.compile for both towers."""
+    processes: NonNegativeInt = 0
+    """How many processes the run must have; 0: as many as are launched."""
+    max_skipped_in_a_row: NonNegativeInt = 5
+    """Steps with a non-finite loss or gradient, which change nothing, before the run stops."""
+
+
+def check(config: "RunConfig") -> None:
+    """What types cannot say; `UserError` before anything is loaded."""
+    train = config.train
+    if train.global_batch < 2 or train.epochs < 1:
+        raise UserError(
+            f"train.global_batch={train.global_batch} and train.epochs={train.epochs}: expected at least 2 and 1"
+        )
+    ranks = world.announced().world_size
+    if train.micro_batch and train.global_batch % (ranks * train.micro_batch):
+        raise UserError(
+            f"train.global_batch={train.global_batch} does not divide into {ranks} processes × "
+            f"train.micro_batch={train.micro_batch}; choose a global batch that is a multiple of "
+            f"{ranks * train.micro_batch}, or another micro-batch"
+        )
+    if train.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.precision=fp16 needs a GPU; without one use bf16 or fp32")
+    if config.evaluate.monitor not in MONITORS:
+        raise UserError(f"evaluate.monitor={config.evaluate.monitor!r}, expected one of {', '.join(MONITORS)}")
+    if config.loss.kind == "sigmoid" and config.model.temperature.bias is None:
+        raise UserError("loss.kind=sigmoid needs a logit bias: set model.temperature.bias=-10")
+    if "/" in config.name or config.name in ("", ".", ".."):
+        raise UserError(f"name={config.name!r}: expected a plain folder name")
+    ContrastiveLoss(**asdict(config.loss))

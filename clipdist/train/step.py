@@ -1,0 +1,99 @@
+"""The gradient of one global batch: at once, or in micro-batches when the batch is larger than memory.
+
+b = rows on this rank, n = rows of a micro-batch, D = width of the joint embedding.
+
+A contrastive loss does not add up over micro-batches: every row is contrasted with the whole global batch. So the
+features of all micro-batches are computed first, without a graph; one loss gives the gradient of every feature; then
+each micro-batch is computed again, with its graph, and its features' gradients are propagated (GradCache, Gao et al.
+2021, arXiv 2101.06983). Random states are the same both times, the gradient of temperature and bias is taken once, and
+ranks exchange gradients once, with the last micro-batch.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clipdist.model.dual_encoder import Encoded
+from clipdist.train.engine import Engine, Inputs
+
+Criterion = Callable[..., Tensor]
+
+
+class Gradient(NamedTuple):
+    """What a step knows after its backward pass, equal on all ranks."""
+
+    loss: float
+    logit_scale: float
+
+
+def compute_gradient(
+    engine: Engine,
+    criterion: Criterion,
+    inputs: Inputs,
+    group_b: Tensor | None,
+    micro_batch: int,
+    seed: Callable[[int], None],
+) -> Gradient:
+    """Leaves the gradient of the global batch's loss in the engine. All ranks call it together.
+
+    Args:
+        inputs: this rank's b rows.
+        micro_batch: rows embedded at a time; all ranks have equally many rows, and so equally many micro-batches.
+        seed: called with the number of a micro-batch before each of its passes; sets the random state that it has.
+    """
+    if len(inputs.images_n3HW) <= micro_batch:
+        seed(0)
+        with engine.accumulating(last=True):
+            encoded = engine.forward(inputs)
+            loss = criterion(*encoded, group_b=group_b)
+            engine.backward(loss)
+        return Gradient(float(loss.detach()), float(encoded.logit_scale.detach()))
+    parts = inputs.split(micro_batch)
+    leaves = _leaves(engine, parts, seed)
+    loss = criterion(*leaves, group_b=group_b)
+    loss.backward()
+    start = 0
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        rows = slice(start, start + len(part.images_n3HW))
+        start = rows.stop
+        seed(number)
+        with engine.accumulating(last):
+            engine.backward(_surrogate(engine.forward(part), leaves, rows, last))
+    return Gradient(float(loss.detach()), float(leaves.logit_scale.detach()))
+
+
+@torch.no_grad()
+def _leaves(engine: Engine, parts: list[Inputs], seed: Callable[[int], None]) -> Encoded:
+    """All rows' features, scale and bias as leaves of a graph of their own."""
+    found = []
+    for number, part in enumerate(parts):
+        seed(number)
+        found.append(engine.forward(part))
+    images, texts, scales, biases = zip(*found, strict=True)
+    bias = biases[0]
+    leaves = Encoded(
+        torch.cat(images), torch.cat(texts), scales[0].detach().clone(), None if bias is None else bias.detach().clone()
+    )
+    for leaf in leaves:
+        if leaf is not None:
+            leaf.requires_grad_()
+    return leaves
+
+
+def _surrogate(encoded: Encoded, leaves: Encoded, rows: slice, last: bool) -> Tensor:
+    """A number whose gradient is the loss's: each output times the gradient that the loss has with respect to it. Scale
+    and bias count once, with the last micro-batch."""
+    total = _dot(encoded.image_features_bD, leaves.image_features_bD, rows)
+    total = total + _dot(encoded.text_features_bD, leaves.text_features_bD, rows)
+    total = total + _dot(encoded.logit_scale, leaves.logit_scale) * float(last)
+    if encoded.logit_bias is not None and leaves.logit_bias is not None:
+        total = total + _dot(encoded.logit_bias, leaves.logit_bias) * float(last)
+    return total
+
+
+def _dot(output: Tensor, leaf: Tensor, rows: slice = slice(None)) -> Tensor:
+    assert leaf.grad is not None
+    return (output * leaf.grad[rows].to(output.dtype)).sum()

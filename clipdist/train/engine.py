@@ -1,7 +1,7 @@
 """How the copies, or shards, of the model on all ranks act as one: what they exchange, and how their state is read.
 
-Which engine a run has is the launcher's choice (launch/accelerate/*.yaml) and reaches it through Accelerate. Weights and
-optimiser state leave any of them under the parameters' own names, whole, so that a run may go on with another.
+Which engine a run has is the launcher's choice (launch/accelerate/*.yaml) and reaches it through Accelerate. Weights
+and optimiser state leave any of them under the parameters' own names, whole, so that a run may go on with another.
 """
 
 import os

@@ -32,8 +32,12 @@ class Inputs(NamedTuple):
     attention_mask_nT: Tensor
 
     def split(self, rows: int) -> list["Inputs"]:
-        """Runs of `rows` rows, in order."""
-        return [Inputs(*part) for part in zip(*(tensor.split(rows) for tensor in self), strict=True)]
+        """Runs of `rows` rows, in order, each padded to its own longest caption."""
+        parts = []
+        for images, tokens, mask in zip(*(tensor.split(rows) for tensor in self), strict=True):
+            longest = int(mask.sum(1).max())  # captions are padded on the right
+            parts.append(Inputs(images, tokens[:, :longest], mask[:, :longest]))
+        return parts
 
 
 def make_accelerator(precision: Precision) -> Accelerator:

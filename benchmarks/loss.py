@@ -24,6 +24,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import socket
@@ -86,8 +87,9 @@ def measure(contestant: str, rows: int, processes: int, args: argparse.Namespace
         "seconds": [max(step) for step in zip(*(answer["seconds"] for answer in answers), strict=True)],
         "peak_bytes": max(answer["peak_bytes"] for answer in answers),
         "sent_bytes_per_step": answers[0]["sent_bytes_per_step"] if processes > 1 else 0,
-        "loss": answers[0]["loss"],
-        "gradient_norm": answers[0]["gradient_norm"],
+        # A rank's own loss is a part of the whole with open_clip's local form.
+        "loss": statistics.mean(answer["loss"] for answer in answers),
+        "gradient_norm": math.hypot(*(answer["gradient_norm"] for answer in answers)),
     }
 
 

@@ -39,6 +39,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PEER = HERE / "peers" / ".venv-open_clip" / "bin" / "python"
 TOKENS = (8, 40)
+PARTS = 8  # micro-batches of the cached-gradient step
 WORDS = (
     *("red", "blue", "small", "large", "round", "oval", "rough", "smooth", "lesion", "border", "centre", "upper"),
     *("lower", "left", "right", "thin", "thick", "pale", "dark", "brown", "black", "pink", "scale", "crust", "plaque"),
@@ -90,14 +91,12 @@ def prepare(folder: Path, preset: dict[str, Any]) -> Path:
     return text
 
 
-def run_clipdist(folder: Path, text: Path, turn: int, args: argparse.Namespace) -> dict[str, list[float]]:
+def recipe_of(folder: Path, text: Path, name: str, args: argparse.Namespace) -> dict[str, Any]:
     preset = PRESETS[args.preset]
-    if turn == 0:
-        shutil.rmtree(folder / "runs", ignore_errors=True)
-    epochs = -(-args.steps * args.batch // preset["pairs"])
-    recipe = {
-        "name": f"turn-{turn}",
+    return {
+        "name": name,
         "runs": str(folder / "runs"),
+        "resume": "never",
         "data": {
             "set": str(folder / "set"),
             "val_split": "",
@@ -111,31 +110,40 @@ def run_clipdist(folder: Path, text: Path, turn: int, args: argparse.Namespace) 
             "width": preset["width"],
         },
         "optim": {"lr": 1e-4, "warmup_steps": 10},
-        "train": {"global_batch": args.batch, "epochs": epochs, "precision": preset["precision"]},
+        "train": {
+            "global_batch": args.batch,
+            "epochs": -(-args.steps * args.batch // preset["pairs"]),
+            "precision": preset["precision"],
+            "compile": preset["compile"],
+            "micro_batch": args.batch // args.processes // args.micro_batches if args.micro_batches > 1 else 0,
+        },
         "checkpoint": {"every_minutes": 0},
         "log": {"every_steps": args.log_every, "tensorboard": False},
     }
-    recipe["train"]["compile"] = preset["compile"]
-    (folder / "clipdist.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+
+
+def train_clipdist(recipe: dict[str, Any], folder: Path, processes: int) -> list[dict[str, Any]]:
+    """What a run logged of its training, line by line."""
+    run = Path(recipe["runs"]) / recipe["name"]
+    shutil.rmtree(run, ignore_errors=True)
+    path = folder / f"{recipe['name']}.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     config = ROOT / "launch" / "accelerate" / ("gpu.yaml" if torch.cuda.is_available() else "cpu.yaml")
-    command = [
-        Path(sys.executable).with_name("accelerate"),
-        "launch",
-        "--config_file",
-        config,
-        "--main_process_port",
-        "0",
-    ]
-    command += ["--num_processes", str(args.processes), "-m", "clipdist.train", folder / "clipdist.yaml"]
-    start(command if args.processes > 1 else [sys.executable, "-m", "clipdist.train", folder / "clipdist.yaml"], folder)
-    lines = (folder / "runs" / f"turn-{turn}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [
-        record for line in lines if (record := json.loads(line))["step"] > args.warmup and "train/loss" in record
-    ]
+    launcher = [Path(sys.executable).with_name("accelerate"), "launch", "--config_file", config]
+    launcher += ["--main_process_port", "0", "--num_processes", str(processes)]
+    start([*(launcher if processes > 1 else [sys.executable]), "-m", "clipdist.train", path], folder)
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for line in lines if "train/loss" in (record := json.loads(line))]
+
+
+def run_clipdist(folder: Path, text: Path, turn: int, args: argparse.Namespace) -> dict[str, list[float]]:
+    name = f"turn-{turn}-{args.micro_batches}"
+    records = train_clipdist(recipe_of(folder, text, name, args), folder, args.processes)
+    kept = [record for record in records if record["step"] > args.warmup]
     return {
-        "pairs_per_second": [record["perf/samples_per_second"] for record in records],
-        "loss": [record["train/loss"] for record in records],
-        "mfu": [record["perf/mfu"] for record in records if "perf/mfu" in record],
+        "pairs_per_second": [record["perf/samples_per_second"] for record in kept],
+        "loss": [record["train/loss"] for record in kept],
+        "mfu": [record["perf/mfu"] for record in kept if "perf/mfu" in record],
     }
 
 
@@ -198,18 +206,22 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/step_<preset>_<date>")
     args = parser.parse_args()
+    args.micro_batches = 1
     if not PEER.exists():
         raise SystemExit("no environment of open_clip; make it with benchmarks/peers/setup.sh open_clip")
     folder = (args.data or ROOT / "data" / f"benchmark-step-{args.preset}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     text = prepare(folder, PRESETS[args.preset])
-    runs: dict[str, list[dict[str, list[float]]]] = {"clipdist": [], "open_clip": []}
+    in_parts = argparse.Namespace(**{**vars(args), "micro_batches": PARTS})
+    programs = {"clipdist": (run_clipdist, args), "open_clip": (run_open_clip, args)}
+    programs[f"clipdist, {PARTS} micro-batches"] = (run_clipdist, in_parts)
+    runs: dict[str, list[dict[str, list[float]]]] = {name: [] for name in programs}
     load = os.getloadavg()[0]
     for turn in range(args.repetitions):
-        for name, run in (("clipdist", run_clipdist), ("open_clip", run_open_clip)):
-            runs[name].append(run(folder, text, turn, args))
+        for name, (run, options) in programs.items():
+            runs[name].append(run(folder, text, turn, options))
             speed = statistics.median(runs[name][-1]["pairs_per_second"])
-            print(f"{turn + 1}: {name:10s} {speed:8.1f} pairs/s", file=sys.stderr, flush=True)
+            print(f"{turn + 1}: {name:28s} {speed:8.1f} pairs/s", file=sys.stderr, flush=True)
     medians = {name: statistics.median(v for run in own for v in run["pairs_per_second"]) for name, own in runs.items()}
     cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     done = subprocess.run(
@@ -236,14 +248,11 @@ def main() -> None:
     out = args.out or HERE / "results" / f"step_{args.preset}_{date}"
     out.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{out}.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-    ratio = medians["clipdist"] / medians["open_clip"]
-    page = (
-        f"# A whole training step, {args.preset}, {date}\n\n"
-        f"| | pairs/s | of open_clip |\n|---|--:|--:|\n"
-        f"| clipdist | {medians['clipdist']:.1f} | **{ratio:.2f}** |\n"
-        f"| open_clip | {medians['open_clip']:.1f} | 1 |\n\n"
-        f"{body['settings']}\n\n{body['machine']}; {body['versions']}.\n"
-    )
+    rows = [f"| {name} | {speed:.1f} | {speed / medians['open_clip']:.2f} |" for name, speed in medians.items()]
+    longer = medians["clipdist"] / medians[f"clipdist, {PARTS} micro-batches"]
+    lines = [f"# A whole training step, {args.preset}, {date}", "", "| | pairs/s | of open_clip |", "|---|--:|--:|"]
+    lines += [*rows, "", f"In {PARTS} micro-batches a step takes {longer:.2f} times as long as at once.", ""]
+    page = "\n".join([*lines, f"{body['settings']}", "", f"{body['machine']}; {body['versions']}.", ""])
     Path(f"{out}.md").write_text(page, encoding="utf-8")
     print(page)
 

@@ -19,10 +19,10 @@ SCALE = 1 / 0.07
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def clipdist_loss(backend: str) -> Loss:
+def clipdist_loss(**options: Any) -> Loss:
     from clipdist.loss import ContrastiveLoss
 
-    criterion = ContrastiveLoss(backend=backend)  # type: ignore[arg-type]
+    criterion = ContrastiveLoss(**options)
     return lambda image, text, scale: criterion(image, text, scale)
 
 
@@ -47,7 +47,7 @@ def materialised_loss() -> Loss:
 
 def make(contestant: str, rank: int, world_size: int) -> Loss:
     if contestant.startswith("clipdist"):
-        return clipdist_loss({"clipdist": "auto", "clipdist_tiles": "tiles"}[contestant])
+        return clipdist_loss(**({"backend": "tiles"} if contestant == "clipdist_tiles" else {}))
     if contestant == "materialised":
         assert world_size == 1
         return materialised_loss()

@@ -6,6 +6,9 @@ Unless a docstring says otherwise, all ranks must call it, in the same order.
 
 import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -119,7 +122,41 @@ def check_size(expected: int = 0) -> World:
     return obtained
 
 
-def gather_rows(rows_bX: torch.Tensor, *, equal: bool = True) -> torch.Tensor:
+class Traffic:
+    """What this rank has sent in collectives of tensors since it was last asked, by purpose.
+
+    Bytes are those of a ring, the least that W ranks can do: (W − 1)·n to gather n from each, 2·(W − 1)/W·n to sum n.
+    Seconds are how long the call kept this process; a GPU's collectives go on behind it, so there none are given.
+    """
+
+    def __init__(self) -> None:
+        self._sent: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def count(self, purpose: str, size: float) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._sent[purpose] = self._sent.get(purpose, 0) + size
+        if dist.get_backend() != "nccl":
+            self._seconds[purpose] = self._seconds.get(purpose, 0) + time.perf_counter() - began
+
+    def take(self) -> tuple[dict[str, float], dict[str, float]]:
+        """(bytes, seconds), each purpose -> sum since the last call."""
+        taken = self._sent, self._seconds
+        self._sent, self._seconds = {}, {}
+        return taken
+
+
+traffic = Traffic()
+
+
+def ring_sum_bytes(size: float, world_size: int) -> float:
+    """Bytes that each rank sends in a ring that sums `size` bytes."""
+    return 2 * (world_size - 1) / world_size * size
+
+
+def gather_rows(rows_bX: torch.Tensor, *, equal: bool = True, purpose: str = "other") -> torch.Tensor:
     """All ranks' rows joined in rank order, [B, X]; no gradient flows through.
 
     `equal` promises that every rank has the same number of rows, which saves exchanging the numbers first.
@@ -130,21 +167,23 @@ def gather_rows(rows_bX: torch.Tensor, *, equal: bool = True) -> torch.Tensor:
     rows_bX = rows_bX.detach().contiguous()
     if equal:
         gathered = rows_bX.new_empty((world_size * rows_bX.shape[0], *rows_bX.shape[1:]))
-        dist.all_gather_into_tensor(gathered, rows_bX)
+        with traffic.count(purpose, (world_size - 1) * rows_bX.nbytes):
+            dist.all_gather_into_tensor(gathered, rows_bX)
         return gathered
     counts = torch.zeros(world_size, dtype=torch.int64, device=rows_bX.device)
     dist.all_gather_into_tensor(counts, torch.tensor([len(rows_bX)], device=rows_bX.device))
     sizes = counts.tolist()
     padded = rows_bX.new_zeros((max(sizes), *rows_bX.shape[1:]))
     padded[: len(rows_bX)] = rows_bX
-    gathered = gather_rows(padded).view(world_size, max(sizes), *rows_bX.shape[1:])
+    gathered = gather_rows(padded, purpose=purpose).view(world_size, max(sizes), *rows_bX.shape[1:])
     return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
 
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+def sum_over_ranks(values: torch.Tensor, purpose: str = "other") -> torch.Tensor:
     """Element-wise sum over ranks, in place; int64 wraps round."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
+        with traffic.count(purpose, ring_sum_bytes(values.nbytes, dist.get_world_size())):
+            dist.all_reduce(values)
     return values
 
 

@@ -5,12 +5,12 @@ b = rows, T = tokens, C = width of a tower's output.
 
 import importlib.util
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
 import transformers
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from timm.models._manipulate import group_with_matcher
@@ -42,6 +42,12 @@ class ImageTowerConfig:
     """global: statistics of the global batch; frozen: the stored ones, usual when fine-tuning on small batches."""
     channels_last: bool = False
     """Memory layout that convolutions prefer on GPUs with mixed precision, and some of them on CPUs. Same maths."""
+    patch_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a transformer's patches left out of each training step, drawn anew for each image: nearly as much less
+    work (FLIP, Li et al. 2023, arXiv 2212.00794)."""
+    checkpoint_activations: bool = False
+    """Keeps the inputs of blocks only, and computes the rest a second time in the backward pass: less memory, a third
+    more work, same gradients."""
 
 
 @settings
@@ -58,6 +64,8 @@ class TextTowerConfig:
     """Largest vocabulary of a tokenizer trained on captions."""
     options: dict[str, Any] = field(default_factory=dict)
     """Fields of the Hugging Face configuration, such as hidden_size or a dropout rate."""
+    checkpoint_activations: bool = False
+    """As the image tower's."""
 
 
 def resolve(path: str) -> Path:
@@ -92,6 +100,8 @@ class ImageTower(nn.Module):
         self.model = _create_timm(name, config, from_hub)
         if isinstance(config.pretrained, str) and load_pretrained:
             _load_weights(self.model, resolve(config.pretrained))
+        if config.checkpoint_activations:
+            _checkpoint_timm(self.model, name)
         natural = resolve_model_data_config(self.model)
         self.side, self.resize, self.batch_norm = config.side, config.resize, config.batch_norm
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -138,25 +148,42 @@ def _create_timm(name: str, config: ImageTowerConfig, pretrained: bool) -> nn.Mo
         near = timm.list_models(f"*{name.split('_')[0]}*")[:8]
         raise UserError(f"model.image.name: timm has no model {name!r}; near: {', '.join(near) or 'none'}")
     options = {**config.options, "pretrained": pretrained, "num_classes": 0}
+    if config.patch_dropout:
+        options["patch_drop_rate"] = config.patch_dropout
     try:
         # Transformers need the side when they are built, convolutional towers refuse to hear of it.
         return timm.create_model(name, img_size=config.side, **options)
     except TypeError as error:
         if "img_size" not in str(error):
-            raise UserError(f"model.image.options: {error}") from None
+            raise _wrong_options(name, error) from None
     except (OSError, RuntimeError) as error:
         raise _not_created(name, config, error) from None
     try:
         return timm.create_model(name, **options)
     except TypeError as error:
-        raise UserError(f"model.image.options: {error}") from None
+        raise _wrong_options(name, error) from None
     except (OSError, RuntimeError) as error:
         raise _not_created(name, config, error) from None
+
+
+def _wrong_options(name: str, error: TypeError) -> UserError:
+    if "patch_drop_rate" in str(error):
+        return UserError(f"model.image.patch_dropout: timm:{name} has no patches that can be left out; set it to 0")
+    return UserError(f"model.image.options: {error}")
 
 
 def _not_created(name: str, config: ImageTowerConfig, error: Exception) -> UserError:
     known = str(config.pretrained).lower() if isinstance(config.pretrained, bool) else repr(config.pretrained)
     return UserError(f"model.image.pretrained={known}: timm:{name} cannot be made ({first_line(error)})")
+
+
+def _checkpoint_timm(model: Any, name: str) -> None:
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise UserError(
+            f"model.image.checkpoint_activations: timm:{name} cannot; set it to false, or lower train.micro_batch"
+        ) from None
 
 
 def first_line(error: BaseException) -> str:
@@ -217,6 +244,8 @@ class TextTower(nn.Module):
                 model.resize_token_embeddings(vocabulary)
         else:
             self.model = _from_config(_new_config(config, vocabulary, pad_id))
+        if config.checkpoint_activations:
+            _checkpoint_hugging_face(self.model)
         self.pooling: Pooling = config.pooling
         self.hf_config: Any = self.model.config
         self.width = self._measure_width(config.max_tokens)
@@ -297,6 +326,15 @@ def _check_options(config: TextTowerConfig, made: transformers.PretrainedConfig)
     unknown = [key for key in config.options if key not in known]
     if unknown:
         raise UserError(f"model.text.options: {made.model_type} has no {', '.join(unknown)}")
+
+
+def _checkpoint_hugging_face(model: Any) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"model.text.checkpoint_activations: {model.config.model_type} cannot; set it to false, or lower "
+            f"train.micro_batch instead"
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _auto_model(config: transformers.PretrainedConfig) -> Any:

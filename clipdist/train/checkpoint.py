@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ class CheckpointConfig:
     """0: not by time."""
     keep: PositiveInt = 2
     """How many of the newest stay."""
+    in_background: bool = True
+    """Training goes on while a checkpoint is written; it takes as much memory more as weights and optimiser have."""
 
 
 def save_checkpoint(
@@ -52,13 +55,57 @@ def save_checkpoint(
     One rank calls it. `state` is JSON. Raises `UserError` when the disk is full or cannot be written; the checkpoints
     before it stay as they are.
     """
+    return _save(folder, step, _tensors(model, optimizer), state, keep)
+
+
+class CheckpointSaver:
+    """Saves the checkpoints of a run, in a thread of its own if so configured. One rank has one.
+
+    At most one is being written: `save` waits for the one before. What went wrong in the thread, the `UserError` of a
+    full disk above all, is raised by whichever of the methods is called next.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+        self.folder, self.config = folder, config
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if config.in_background else None
+        self._pending: Future[Path] | None = None
+
+    def save(self, step: int, model: dict[str, Tensor], optimizer: OptimizerState, state: dict[str, Any]) -> None:
+        """Takes a copy of everything, and returns as soon as that is made, or, without a thread, when it is written."""
+        self.wait()
+        words = (self.folder, step, _tensors(model, optimizer), state, self.config.keep)
+        if self._pool is None:
+            _save(*words)
+        else:
+            self._pending = self._pool.submit(_save, *words)
+
+    def check(self) -> None:
+        """Raises what a save that has ended by now failed with."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+
+def _tensors(model: dict[str, Tensor], optimizer: OptimizerState) -> dict[str, dict[str, Tensor]]:
+    """Copies on the CPU, by file."""
+    moments = {f"{kind}/{name}": value for name, kept in optimizer.items() for kind, value in kept.items()}
+    files = {"model.safetensors": model, "optimizer.safetensors": moments}
+    return {file: {name: plain(tensor) for name, tensor in tensors.items()} for file, tensors in files.items()}
+
+
+def _save(folder: Path, step: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
     target = folder / f"step-{step:08d}"
     partial = target.with_name(target.name + ".partial")
     for stale in folder.glob("step-*.partial"):  # of a run that was killed while it saved
         shutil.rmtree(stale, ignore_errors=True)
     try:
         with disk_errors(folder):
-            _write(partial, step, model, optimizer, state)
+            _write(partial, step, files, state)
             if target.exists():  # the same step again, after a forced resume
                 shutil.rmtree(target)
             os.replace(partial, target)
@@ -75,13 +122,10 @@ def save_checkpoint(
     return target
 
 
-def _write(
-    partial: Path, step: int, model: dict[str, Tensor], optimizer: OptimizerState, state: dict[str, Any]
-) -> None:
+def _write(partial: Path, step: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     partial.mkdir(parents=True)
-    moments = {f"{kind}/{name}": value for name, kept in optimizer.items() for kind, value in kept.items()}
-    for tensors, file in ((model, "model.safetensors"), (moments, "optimizer.safetensors")):
-        save_file({name: plain(tensor) for name, tensor in tensors.items()}, partial / file)
+    for file, tensors in files.items():
+        save_file(tensors, partial / file)
     (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
     sums = {path.name: checksum_file(path) for path in sorted(partial.iterdir())}
     (partial / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")

@@ -1,10 +1,10 @@
 """What a recipe's `train` section can say, and what of a recipe is checked before anything is loaded."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from clipdist import world
 from clipdist.errors import UserError
@@ -27,8 +27,13 @@ class TrainConfig:
     """Pairs per rank that are in memory at a time; 0: all of the rank's share. A smaller number costs a second forward
     pass and changes no gradient."""
     precision: Precision = "fp32"
+    tf32: bool = False
+    """Lets GPUs round the factors of float32 matrix products to 10 bits: faster, and no longer float32's precision."""
     max_grad_norm: NonNegativeFloat = 1.0
     """0: gradients are not clipped."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of an average of the weights over steps, which is then what is validated, kept and reported; such as 0.999.
+    0: none."""
     stages: tuple[StageConfig, ...] = ()
     """What trains when; everything from the start when empty."""
     compile: bool = False

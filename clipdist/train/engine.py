@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 
+from clipdist import world
 from clipdist.errors import UserError
 from clipdist.model.dual_encoder import DualEncoder, Encoded
 from clipdist.train.optim import OptimConfig, build_optimizer, gradient_norms
@@ -40,12 +41,14 @@ class Inputs(NamedTuple):
         return parts
 
 
-def make_accelerator(precision: Precision) -> Accelerator:
-    """Accelerate's state for this process, by what its launcher said through the environment.
+def make_accelerator(precision: Precision, tf32: bool = False) -> Accelerator:
+    """Accelerate's state for this process, by what its launcher said through the environment; `tf32` allows it to GPUs,
+    or forbids it.
 
     Raises `UserError` when the launcher asked for an engine that Accelerate then leaves out without a word.
     """
     use_cpu = not torch.cuda.is_available()
+    allow_tf32(tf32)
     # Buffers need no broadcast: batch statistics are synchronised or frozen, so ranks never differ in them.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     mixed = "no" if precision == "fp32" else precision
@@ -60,6 +63,16 @@ def make_accelerator(precision: Precision) -> Accelerator:
                 f"made of it, since this machine has no GPU; use launch/accelerate/cpu.yaml here"
             )
     return accelerator
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether GPUs may round the factors of float32 products to TF32, in matrix products and convolutions."""
+    parts: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    if all(hasattr(part, "fp32_precision") for part in parts):  # from torch 2.9 on
+        for part in parts:
+            part.fp32_precision = "tf32" if allowed else "ieee"
+    else:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 class Engine(ABC):
@@ -101,6 +114,11 @@ class Engine(ABC):
     def update(self, total_norm: float, max_norm: float, finite: bool) -> None:
         """Clips to `max_norm` (0: not), takes the optimiser's step unless the gradient is not finite, and forgets the
         gradient."""
+
+    @abstractmethod
+    def gradient_bytes_sent(self) -> float:
+        """Bytes that each rank sends in a step to exchange gradients (and weights, where they are sharded): by formula,
+        since the exchange is the engine's own."""
 
     @property
     @abstractmethod
@@ -156,6 +174,10 @@ class ReplicatedEngine(Engine):
                 torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, torch.tensor(total_norm))
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def gradient_bytes_sent(self) -> float:
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        return world.ring_sum_bytes(size, self.accelerator.num_processes)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -36,7 +36,8 @@ def train(config: "RunConfig") -> int:
     )
     if progress.step == trainer.total_steps:  # the recipe now ends where an earlier one went on
         progress.finished = True
-        trainer.leave_results()
+        with trainer.averaged():
+            trainer.leave_results()
         trainer.save()
         trainer.close()
         return FINISHED
@@ -59,14 +60,16 @@ def train(config: "RunConfig") -> int:
             progress.bad_in_epoch = 0
             epoch = progress.step // per_epoch
             if trainer.val_split is not None and (epoch % config.evaluate.every_epochs == 0 or last):
-                scores, enough = trainer.validate()
+                with trainer.averaged():
+                    scores, enough = trainer.validate()
                 say(trainer, describe_validation(epoch, scores))
                 progress.finished = enough
                 trainer.begin_interval()
             progress.finished = progress.finished or last
 
         if progress.finished:
-            trainer.leave_results()  # before the checkpoint that says so: a kill in between must not lose them
+            with trainer.averaged():
+                trainer.leave_results()  # before the checkpoint that says so: a kill in between must not lose them
         every = config.checkpoint.every_steps
         if progress.finished or stop or save or (every and progress.step % every == 0):
             trainer.save()

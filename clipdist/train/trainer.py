@@ -7,7 +7,8 @@ import json
 import logging
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,10 @@ from clipdist.model.build import build_model, build_tokenizer, settle_batch_norm
 from clipdist.model.dual_encoder import DualEncoder
 from clipdist.model.freeze import StageConfig, apply_stage, stage_of, trainable_count, unused_parameters
 from clipdist.model.saved import save_model
-from clipdist.train.checkpoint import read_checkpoint, save_checkpoint
+from clipdist.model.towers import first_line
+from clipdist.train.checkpoint import CheckpointSaver, read_checkpoint
 from clipdist.train.config import check
+from clipdist.train.ema import WeightAverage
 from clipdist.train.engine import Inputs, make_accelerator, make_engine
 from clipdist.train.metrics import MetricsWriter, memory_gib, peak_flops
 from clipdist.train.optim import Schedule, moving_statistics
@@ -60,6 +63,7 @@ class Progress:
     best: float | None = None
     best_step: int = 0
     validations_without_improvement: int = 0
+    averaged_steps: int = 0
     finished: bool = False
 
 
@@ -71,6 +75,7 @@ class Interval:
     steps: int = 0
     wait_seconds: float = 0.0
     skipped: int = 0
+    checkpoint_seconds: float = 0.0
 
 
 class Trainer:
@@ -79,7 +84,7 @@ class Trainer:
     def __init__(self, config: "RunConfig") -> None:
         self.config = config
         check(config)
-        self.accelerator = make_accelerator(config.train.precision)
+        self.accelerator = make_accelerator(config.train.precision, config.train.tf32)
         self.world = world.check_size(config.train.processes)
         self.device = self.accelerator.device
         self.data = Mixture.open(config.data, open_or_index)
@@ -96,8 +101,9 @@ class Trainer:
         if self.folder.checkpoint:
             self._restore()
         write_environment(self.folder.path, self.data, self.world, self.device, self.parameters, self.progress.step)
-        self.writer = None
+        self.writer = self.saver = None
         if self.world.is_main:
+            self.saver = CheckpointSaver(self.folder.checkpoints, config.checkpoint)
             self.writer = MetricsWriter(self.folder.path, config.log, self.progress.step)
             self._forget_bad_samples()
         self.interval = Interval()
@@ -128,6 +134,7 @@ class Trainer:
             self.model.text.compile()
         self.criterion = ContrastiveLoss(**asdict(config.loss))
         self.engine = make_engine(self.accelerator, self.model, config.optim)
+        self.average = WeightAverage(self.model, config.train.ema) if config.train.ema else None
         self.parameters = {
             "image tower": sum(p.numel() for p in self.model.image.parameters()),
             "text tower": sum(p.numel() for p in self.model.text.parameters()),
@@ -157,6 +164,8 @@ class Trainer:
     def _restore(self) -> None:
         assert self.folder.checkpoint is not None
         weights, optimizer, state = read_checkpoint(self.folder.checkpoint)
+        if self.average:
+            optimizer = self.average.take_from(optimizer, state["averaged_steps"])
         self.engine.load(weights, optimizer)
         self.schedule.load_state_dict(state.pop("schedule"))
         if (scaler := state.pop("scaler")) and self.engine.scaler is not None:
@@ -199,7 +208,7 @@ class Trainer:
         lr = self.schedule.apply(self.engine.param_groups, batch.step)
         statistics = moving_statistics(self.model)
         inputs = Inputs(batch.images_b3HW, batch.token_ids_bT, batch.attention_mask_bT)
-        with self._count_flops():
+        with self._count_flops(), self._memory_errors():
             gradient = compute_gradient(
                 self.engine, self.criterion, inputs, batch.group_b, self.micro_batch, partial(self._seed, batch.step)
             )
@@ -209,6 +218,9 @@ class Trainer:
         self.engine.update(total, self.config.train.max_grad_norm, finite)
         if self.temperature_learns:
             self.model.temperature.clamp()
+        if self.average and finite:
+            self.average.update()
+            self.progress.averaged_steps = self.average.steps
         if not finite:
             for buffer, before in statistics:
                 buffer.copy_(before)
@@ -225,6 +237,18 @@ class Trainer:
     def _seed(self, step: int, micro_batch: int) -> None:
         """Dropout and its like: a function of seed, step, rank and micro-batch, so that no state need be saved."""
         torch.manual_seed(int(philox("step", self.config.seed, step, self.world.rank, micro_batch).random_raw() >> 1))
+
+    @contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        """Says what to set when a step does not fit into a GPU's memory."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            half = max(1, self.micro_batch // 2)
+            raise UserError(
+                f"the device's memory is too small for {self.micro_batch} pairs at a time ({first_line(error)}); set "
+                f"train.micro_batch={half}, model.image.checkpoint_activations=true or train.precision=bf16"
+            ) from None
 
     def _count_flops(self) -> Any:
         """Counts one step's floating-point operations, once, where a peak to compare with is known."""
@@ -251,7 +275,10 @@ class Trainer:
 
     def agree(self, stop: bool, save: bool, bad: int) -> tuple[bool, bool, int]:
         """(anyone wants to stop, anyone wants to save, bad samples of this step over all ranks)."""
-        votes = world.sum_over_ranks(torch.tensor([stop, save, bad], dtype=torch.int64, device=self.device)).tolist()
+        if self.saver:
+            self.saver.check()
+        mine = torch.tensor([stop, save, bad], dtype=torch.int64, device=self.device)
+        votes = world.sum_over_ranks(mine, "agreement").tolist()
         return votes[0] > 0, votes[1] > 0, votes[2]
 
     def note_bad_samples(self, batch: Batch, count: int) -> None:
@@ -297,6 +324,9 @@ class Trainer:
             "perf/step_seconds": seconds / max(1, interval.steps),
             "perf/memory_gib": memory_gib(self.device),
         }
+        record |= self._communication(interval.steps)
+        if interval.checkpoint_seconds:
+            record["perf/checkpoint_stall_seconds"] = interval.checkpoint_seconds
         if interval.skipped:
             record["train/skipped_steps"] = interval.skipped
         peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
@@ -306,6 +336,15 @@ class Trainer:
             self.writer.write(self.progress.step, self.epoch_of(self.progress.step - 1), record)
         self.interval = Interval()
         return record
+
+    def _communication(self, steps: int) -> dict[str, float]:
+        """Bytes sent and seconds spent per step by this rank, by purpose, since the last line."""
+        sent, seconds = world.traffic.take()
+        if self.world.world_size == 1 or not steps:
+            return {}
+        found = {f"perf/bytes_sent_{purpose}": size / steps for purpose, size in sent.items()}
+        found |= {f"perf/seconds_{purpose}": spent / steps for purpose, spent in seconds.items()}
+        return {**found, "perf/bytes_sent_gradients": self.engine.gradient_bytes_sent()}
 
     def digest(self) -> int:
         """The running hash of every (step, key) consumed by all ranks."""
@@ -318,10 +357,13 @@ class Trainer:
         return step // self.order.steps_per_epoch
 
     def save(self) -> None:
-        """A checkpoint of the current step."""
+        """A checkpoint of the current step; it may still be being written when this returns."""
+        began = time.perf_counter()
         digest = self.digest()
         weights, optimizer = self.engine.weights(), self.engine.optimizer_state()
-        if self.writer:
+        if self.average:
+            optimizer = self.average.put_beside(optimizer)
+        if self.writer and self.saver:
             self.writer.sync()
             scaler = self.engine.scaler
             state = {
@@ -330,16 +372,13 @@ class Trainer:
                 "schedule": self.schedule.state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }
-            del state["step"]
-            save_checkpoint(
-                self.folder.checkpoints,
-                self.progress.step,
-                weights,
-                optimizer,
-                state,
-                self.config.checkpoint.keep,
-            )
+            self.saver.save(state.pop("step"), weights, optimizer, state)
         world.barrier()
+        self.interval.checkpoint_seconds += time.perf_counter() - began
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within, the model has the weights that count: the averages where the recipe asks for them."""
+        return self.average.in_place() if self.average else nullcontext()
 
     def validate(self) -> tuple[dict[str, float], bool]:
         """Measures the validation split, keeps the model if it is the best so far; (values, whether to stop early)."""
@@ -425,7 +464,9 @@ class Trainer:
             logger.info("finished: model in %s (%s), report in %s", self.folder.path / "model", where, path)
 
     def close(self) -> None:
-        """Leaves the process group, after every rank has come this far."""
+        """Leaves the process group, after every rank has come this far and the last checkpoint is complete."""
+        if self.saver:
+            self.saver.wait()
         if self.writer:
             self.writer.close()
         world.barrier()

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import shutil
+import threading
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ import torch
 from safetensors import SafetensorError
 
 from clipdist.errors import UserError
-from clipdist.train.checkpoint import CheckpointConfig, newest_sound, read_checkpoint, save_checkpoint
+from clipdist.train import checkpoint
+from clipdist.train.checkpoint import (
+    CheckpointConfig,
+    CheckpointSaver,
+    newest_sound,
+    read_checkpoint,
+    save_checkpoint,
+)
 from clipdist.train.optim import OptimConfig, Schedule, build_optimizer
 
 NAMES = ("weight", "bias")
@@ -151,6 +159,60 @@ def test_a_damaged_newer_one_never_pushes_out_the_one_just_saved(tmp_path: Path)
     saved = save(tmp_path, 15, keep=1)
     assert newest_sound(tmp_path) == saved
     assert names(tmp_path) == ["latest", "step-00000015"]
+
+
+# In a thread of its own
+
+
+def test_what_is_saved_in_the_background_is_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights change while the thread writes; only one checkpoint is written at a time."""
+    saver = CheckpointSaver(tmp_path, CheckpointConfig(keep=3))
+    go_on, writing = threading.Event(), []
+    write = checkpoint._write
+
+    def slow(partial: Path, step: int, *more: Any) -> None:
+        writing.append(step)
+        assert go_on.wait(20)
+        write(partial, step, *more)
+
+    monkeypatch.setattr(checkpoint, "_write", slow)
+    model, optimizer = stepped(1.0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    saver.save(1, model.state_dict(), moments(model, optimizer), STATE)
+    with torch.no_grad():
+        model.weight.fill_(7)
+    assert newest_sound(tmp_path) is None, "nothing that is being written looks complete"
+    threading.Timer(0.3, go_on.set).start()
+    saver.save(2, model.state_dict(), moments(model, optimizer), STATE)
+    first = newest_sound(tmp_path)
+    assert first is not None
+    assert first.name in ("step-00000001", "step-00000002")
+    saver.wait()
+    assert writing == [1, 2]
+    assert torch.equal(read_checkpoint(tmp_path / "step-00000001")[0]["weight"], before["weight"])
+    assert (read_checkpoint(tmp_path / "step-00000002")[0]["weight"] == 7).all()
+    assert names(tmp_path) == ["latest", "step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize("ask", ["check", "wait", "save"])
+def test_what_goes_wrong_in_the_background_is_told(ask: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = CheckpointSaver(tmp_path, CheckpointConfig())
+    model, optimizer = stepped()
+    state = (model.state_dict(), moments(model, optimizer), STATE)
+    saver.save(1, *state)
+    saver.wait()
+
+    def full(*words: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    saver.save(2, *state)
+    assert saver._pending is not None
+    saver._pending.exception(20)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
+        saver.save(3, *state) if ask == "save" else getattr(saver, ask)()
+    saver.wait()  # told once
+    assert newest_sound(tmp_path) == tmp_path / "step-00000001"
 
 
 # Schedules

@@ -93,6 +93,19 @@ def test_several_in_a_row_stop_before_the_weights_change(recipe: Recipe, monkeyp
     trainer.close()
 
 
+def test_too_little_memory_on_a_gpu_names_what_to_set(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(load_config(recipe(), ["train.micro_batch=8"]))
+
+    def loss(*args: Any, **kwargs: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore of it")
+
+    monkeypatch.setattr(trainer, "criterion", loss)
+    with pytest.raises(UserError, match=r"too small for 8 pairs .*20\.00 GiB.*; set train\.micro_batch=4, ") as caught:
+        steps(trainer, 1)
+    assert "\n" not in str(caught.value)
+    trainer.close()
+
+
 def test_a_finished_run_says_so_and_goes_on_only_by_force(
     recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,59 @@
+"""Weights averaged over steps: usually a better model than the last step's, for the price of a copy."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from clipdist.train.engine import OptimizerState
+
+AVERAGE = "average"
+
+
+class WeightAverage:
+    """Exponential moving averages of all parameters, float32, on their device; buffers are taken as they are.
+
+    The decay begins low, at min(decay, (1 + t)/(10 + t)) in step t, so that the first steps are soon forgotten (as in
+    TensorFlow's ExponentialMovingAverage). Every rank that holds the whole model keeps its own, equal to the others'.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay, self.steps = model, decay, 0
+        self.averages = {name: p.detach().clone().float() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes in the weights after a step that changed them."""
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        current = [parameter.detach().float() for parameter in self.model.parameters()]
+        torch._foreach_lerp_(list(self.averages.values()), current, 1 - decay)
+        self.steps += 1
+
+    @contextmanager
+    @torch.no_grad()
+    def in_place(self) -> Iterator[None]:
+        """Within, the model has the averages for weights."""
+        kept = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        try:
+            self._put(self.averages)
+            yield
+        finally:
+            self._put(kept)
+
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.data.copy_(weights[name])
+
+    def put_beside(self, optimizer: OptimizerState) -> OptimizerState:
+        """The optimiser's state for a checkpoint, with each parameter's average as one more kind."""
+        names = dict.fromkeys([*self.averages, *optimizer])
+        return {name: {**optimizer.get(name, {}), AVERAGE: self.averages[name]} for name in names}
+
+    def take_from(self, optimizer: OptimizerState, steps: int) -> OptimizerState:
+        """Goes on from what `put_beside` made `steps` steps after the first; the optimiser's own state."""
+        self.steps = steps
+        for name, average in self.averages.items():
+            average.copy_(optimizer[name][AVERAGE])
+        own = {n: {kind: t for kind, t in kept.items() if kind != AVERAGE} for n, kept in optimizer.items()}
+        return {name: kept for name, kept in own.items() if kept}

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from transformers import BertConfig
+from transformers import BertConfig, BertModel
 
 from clipdist.data.sets.writer import ShardSetWriter
 from clipdist.data.shards import ShardSet
@@ -47,7 +47,7 @@ WORDS = (
 )
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {
-        "image": "vit_tiny_patch16_224",
+        "image": "convnext_atto",
         "side": 112,
         "text": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
         "width": 256,
@@ -83,11 +83,12 @@ def make_set(folder: Path, side: int, pairs: int) -> None:
 def prepare(folder: Path, preset: dict[str, Any]) -> Path:
     """The set, and a folder with tokenizer and configuration of the text tower that both programs load."""
     data, text = folder / "set", folder / "text"
-    if not (text / "config.json").exists():
+    if not (text / "model.safetensors").exists():
         make_set(data, preset["side"], preset["pairs"])
         tokenizer = train_wordpiece(captions_of(ShardSet.open(data).split("train")), 1000, 77)
         tokenizer.save(text)
-        BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **preset["text"]).save_pretrained(text)
+        config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **preset["text"])
+        BertModel(config, add_pooling_layer=False).save_pretrained(text)  # open_clip loads weights from there
     return text
 
 
@@ -106,7 +107,7 @@ def recipe_of(folder: Path, text: Path, name: str, args: argparse.Namespace) -> 
         },
         "model": {
             "image": {"name": f"timm:{preset['image']}", "side": preset["side"]},
-            "text": {"name": f"hf:{text}", "pretrained": False, "max_tokens": 77},
+            "text": {"name": f"hf:{text}", "max_tokens": 77},
             "width": preset["width"],
         },
         "optim": {"lr": 1e-4, "warmup_steps": 10},
@@ -175,8 +176,9 @@ def run_open_clip(folder: Path, text: Path, turn: int, args: argparse.Namespace)
     words += ["--logs", str(folder / "logs"), "--name", f"run-{os.getpid()}-{turn}"]
     words += ["--torchcompile"] if preset["compile"] else []
     words += [] if torch.cuda.is_available() else ["--device", "cpu"]
-    command = [PEER, "-m", "torch.distributed.run", "--nproc-per-node", str(args.processes), "--master-port", "0"]
-    said = start([*command, HERE / "peers" / "step_open_clip.py", models, *words], folder)
+    command = [PEER, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes)]
+    (folder / "options.json").write_text(json.dumps(words), encoding="utf-8")
+    said = start([*command, HERE / "peers" / "step_open_clip.py", models, folder / "options.json"], folder)
     found = [(float(line[1]), float(line[2])) for line in LINE.finditer(said)]
     steps = [number * args.log_every for number in range(len(found))]
     kept = [pair for step, pair in zip(steps, found, strict=True) if step > args.warmup]
@@ -200,9 +202,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--batch", type=int, default=128, help="global")
     parser.add_argument("--workers", type=int, default=1, help="loader processes of each rank")
-    parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--warmup", type=int, default=16, help="steps that do not count")
-    parser.add_argument("--log-every", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--warmup", type=int, default=8, help="steps that do not count")
+    parser.add_argument("--log-every", type=int, default=4)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/step_<preset>_<date>")
     args = parser.parse_args()

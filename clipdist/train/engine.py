@@ -1,7 +1,7 @@
-"""How the copies, or shards, of the model on all ranks act as one: what they exchange, and how their state is read.
+"""How the copies of the model on all ranks act as one: what they exchange, and how their state is read.
 
-Which engine a run has is the launcher's choice (launch/accelerate/*.yaml) and reaches it through Accelerate. Weights
-and optimiser state leave any of them under the parameters' own names, whole, so that a run may go on with another.
+An engine reaches the launcher's choice (launch/accelerate/*.yaml) through Accelerate. Weights and optimiser state leave
+it under the parameters' own names, whole, so that a run may go on with another.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from clipdist import world
@@ -45,41 +45,26 @@ def make_accelerator(precision: Precision, tf32: bool = False) -> Accelerator:
     """Accelerate's state for this process, by what its launcher said through the environment; `tf32` allows it to GPUs,
     or forbids it.
 
-    Raises `UserError` when the launcher asked for an engine that Accelerate then leaves out without a word.
+    Raises `UserError` when the launcher asks for an engine that there is none for: on a machine without GPUs Accelerate
+    would leave it out without a word.
     """
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(variable, "").lower() in ("1", "true"):
+            raise UserError(
+                f"the launcher asks for {name}, which this version does not train with; use "
+                f"launch/accelerate/gpu.yaml, or cpu.yaml without GPUs"
+            )
     use_cpu = not torch.cuda.is_available()
-    allow_tf32(tf32)
+    # The older of torch's two ways: it sets both, and setting the newer one makes reading this one an error.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     # Buffers need no broadcast: batch statistics are synchronised or frozen, so ranks never differ in them.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     mixed = "no" if precision == "fp32" else precision
-    accelerator = Accelerator(mixed_precision=mixed, cpu=use_cpu, kwargs_handlers=[ddp])
-    for variable, kind in (
-        ("ACCELERATE_USE_FSDP", DistributedType.FSDP),
-        ("ACCELERATE_USE_DEEPSPEED", DistributedType.DEEPSPEED),
-    ):
-        if os.environ.get(variable, "").lower() in ("1", "true") and accelerator.distributed_type != kind:
-            raise UserError(
-                f"the launcher asks for {kind.value}, but {accelerator.distributed_type.value} is what Accelerate "
-                f"made of it, since this machine has no GPU; use launch/accelerate/cpu.yaml here"
-            )
-    return accelerator
-
-
-def allow_tf32(allowed: bool) -> None:
-    """Whether GPUs may round the factors of float32 products to TF32, in matrix products and convolutions."""
-    parts: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
-    if all(hasattr(part, "fp32_precision") for part in parts):  # from torch 2.9 on
-        for part in parts:
-            part.fp32_precision = "tf32" if allowed else "ieee"
-    else:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    return Accelerator(mixed_precision=mixed, cpu=use_cpu, kwargs_handlers=[ddp])
 
 
 class Engine(ABC):
     """All ranks construct it with equal models, and call each method together."""
-
-    needs_all_ranks = False
-    """Whether a forward pass is a collective: then evaluation keeps the ranks in step."""
 
     def __init__(self, accelerator: Accelerator, model: DualEncoder, optim: OptimConfig) -> None:
         self.accelerator, self.model, self.optim = accelerator, model, optim
@@ -202,8 +187,3 @@ class ReplicatedEngine(Engine):
         state = {numbers[id(p)]: optimizer[name] for name, p in self.model.named_parameters() if name in optimizer}
         # The groups' settings are the recipe's, set anew at every step; only the moments are the run's.
         inner.load_state_dict({"state": state, "param_groups": inner.state_dict()["param_groups"]})
-
-
-def make_engine(accelerator: Accelerator, model: DualEncoder, optim: OptimConfig) -> Engine:
-    """The engine that the launcher asked for."""
-    return ReplicatedEngine(accelerator, model, optim)

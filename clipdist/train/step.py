@@ -3,10 +3,10 @@
 b = rows on this rank, n = rows of a micro-batch, D = width of the joint embedding.
 
 A contrastive loss does not add up over micro-batches: every row is contrasted with the whole global batch. So the
-features of all micro-batches are computed first, without a graph; one loss gives the gradient of every feature; then
-each micro-batch is computed again, with its graph, and its features' gradients are propagated (GradCache, Gao et al.
-2021, arXiv 2101.06983). Random states are the same both times, the gradient of temperature and bias is taken once, and
-ranks exchange gradients once, with the last micro-batch.
+features of all micro-batches are computed first, without a graph but for the last; one loss gives the gradient of every
+feature; then the others are computed again, each with its graph, and its features' gradients are propagated (GradCache,
+Gao et al. 2021, arXiv 2101.06983). Random states are the same both times, the gradient of temperature and bias is taken
+once, and ranks exchange gradients once, in the last backward pass.
 """
 
 from collections.abc import Callable
@@ -51,36 +51,44 @@ def compute_gradient(
             engine.backward(loss)
         return Gradient(float(loss.detach()), float(encoded.logit_scale.detach()))
     parts = inputs.split(micro_batch)
-    leaves = _leaves(engine, parts, seed)
+    kept, leaves = _embed(engine, parts, seed)
     loss = criterion(*leaves, group_b=group_b)
     loss.backward()
-    start = 0
-    for number, part in enumerate(parts):
-        last = number == len(parts) - 1
-        rows = slice(start, start + len(part.images_n3HW))
-        start = rows.stop
+    rows = len(inputs.images_n3HW) - len(parts[-1].images_n3HW)
+    with engine.accumulating(last=False):
+        engine.backward(_surrogate(kept, leaves, slice(rows, None), last=False))
+    for number, part in enumerate(parts[:-1]):
+        last = number == len(parts) - 2
         seed(number)
         with engine.accumulating(last):
-            engine.backward(_surrogate(engine.forward(part), leaves, rows, last))
+            here = slice(number * micro_batch, (number + 1) * micro_batch)
+            engine.backward(_surrogate(engine.forward(part), leaves, here, last))
     return Gradient(float(loss.detach()), float(leaves.logit_scale.detach()))
 
 
-@torch.no_grad()
-def _leaves(engine: Engine, parts: list[Inputs], seed: Callable[[int], None]) -> Encoded:
-    """All rows' features, scale and bias as leaves of a graph of their own."""
+def _embed(engine: Engine, parts: list[Inputs], seed: Callable[[int], None]) -> tuple[Encoded, Encoded]:
+    """The last micro-batch with its graph, which need not be computed again, and all rows' features, scale and bias as
+    leaves of a graph of their own."""
     found = []
-    for number, part in enumerate(parts):
+    for number, part in enumerate(parts[:-1]):
         seed(number)
-        found.append(engine.forward(part))
-    images, texts, scales, biases = zip(*found, strict=True)
-    bias = biases[0]
+        with torch.no_grad():
+            found.append(engine.forward(part))
+    seed(len(parts) - 1)
+    with engine.accumulating(last=False):
+        kept = engine.forward(parts[-1])
+    images, texts, _, _ = zip(*found, kept, strict=True)
+    bias = kept.logit_bias
     leaves = Encoded(
-        torch.cat(images), torch.cat(texts), scales[0].detach().clone(), None if bias is None else bias.detach().clone()
+        torch.cat(images).detach(),
+        torch.cat(texts).detach(),
+        kept.logit_scale.detach().clone(),
+        None if bias is None else bias.detach().clone(),
     )
     for leaf in leaves:
         if leaf is not None:
             leaf.requires_grad_()
-    return leaves
+    return kept, leaves
 
 
 def _surrogate(encoded: Encoded, leaves: Encoded, rows: slice, last: bool) -> Tensor:

@@ -37,7 +37,7 @@ from clipdist.model.towers import first_line
 from clipdist.train.checkpoint import CheckpointSaver, read_checkpoint
 from clipdist.train.config import check
 from clipdist.train.ema import WeightAverage
-from clipdist.train.engine import Inputs, make_accelerator, make_engine
+from clipdist.train.engine import Engine, Inputs, ReplicatedEngine, make_accelerator
 from clipdist.train.metrics import MetricsWriter, memory_gib, peak_flops
 from clipdist.train.optim import Schedule, moving_statistics
 from clipdist.train.run_folder import RunFolder, open_run, write_environment
@@ -133,7 +133,7 @@ class Trainer:
             self.model.image.compile()
             self.model.text.compile()
         self.criterion = ContrastiveLoss(**asdict(config.loss))
-        self.engine = make_engine(self.accelerator, self.model, config.optim)
+        self.engine: Engine = ReplicatedEngine(self.accelerator, self.model, config.optim)
         self.average = WeightAverage(self.model, config.train.ema) if config.train.ema else None
         self.parameters = {
             "image tower": sum(p.numel() for p in self.model.image.parameters()),

@@ -16,7 +16,7 @@ from clipdist.model.build import build_model
 from clipdist.model.dual_encoder import DualEncoder, Encoded
 from clipdist.model.freeze import StageConfig, apply_stage, unused_parameters
 from clipdist.train.config import check
-from clipdist.train.engine import Engine, Inputs, make_accelerator, make_engine
+from clipdist.train.engine import Inputs, ReplicatedEngine, make_accelerator
 from clipdist.train.optim import OptimConfig
 from clipdist.train.step import compute_gradient
 from clipdist.train.trainer import Trainer
@@ -52,7 +52,7 @@ def gradients(
     """Of every parameter, averaged over ranks, and the loss."""
     model, inputs, group = model_and_rows(recipe, dropout, bias=kind == "sigmoid")
     accelerator = make_accelerator("fp32")
-    engine: Engine = make_engine(accelerator, model, OptimConfig())
+    engine = ReplicatedEngine(accelerator, model, OptimConfig())
     model.train()
     engine.enter_stage()
     mine = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)

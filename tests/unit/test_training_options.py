@@ -15,7 +15,6 @@ from clipdist.config import load_config
 from clipdist.errors import UserError
 from clipdist.model.build import build_model
 from clipdist.train.ema import WeightAverage
-from clipdist.train.engine import allow_tf32
 from clipdist.train.loop import train
 from clipdist.train.trainer import Trainer
 from tests.distributed.test_training import column, weights
@@ -108,11 +107,13 @@ def test_a_tower_that_cannot_compute_twice_says_so(recipe: Recipe, monkeypatch: 
         build_model(config.model, train_wordpiece(CAPTIONS, 100, 16), 0)
 
 
-def test_tf32_is_set_both_ways() -> None:
-    for allowed in (True, False):
-        allow_tf32(allowed)
-        assert torch.backends.cuda.matmul.allow_tf32 is allowed
-        assert torch.backends.cudnn.allow_tf32 is allowed
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_set_both_ways(allowed: bool, recipe: Recipe) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not allowed
+    Trainer(load_config(recipe(), [f"train.tf32={str(allowed).lower()}"])).close()
+    assert torch.backends.cuda.matmul.allow_tf32 is allowed
+    assert torch.backends.cudnn.allow_tf32 is allowed
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def test_the_average_is_the_one_that_the_formula_gives() -> None:

@@ -75,6 +75,7 @@ NOT_MATHS = (
     "data.remote",
     "data.cache_folder",
     "data.cache_gib",
+    "loss.backend",
     "train.processes",
     "train.micro_batch",
     "train.compile",

@@ -2,14 +2,15 @@
 
 b = rows on this rank, B = rows in the global batch, D = width of the joint embedding.
 
-One gather of features and one of vectors per step. Each rank streams over tiles of logits (`tiles.py`), once to get
-the log-sum-exp of its own rows and columns, and, after the ranks have exchanged those, once more for the gradient of
-its own rows: with every row's and column's log-sum-exp known, no gradient has to travel.
+One gather of features and one of vectors per step. Each rank streams over tiles of logits (`tiles.py`, on a GPU
+`kernel.py`), once to get the log-sum-exp of its own rows and columns, and, after the ranks have exchanged those, once
+more for the gradient of its own rows: with every row's and column's log-sum-exp known, no gradient has to travel.
 
 The targets of InfoNCE need no tile at all: Σ_ij target_ij·z_ij is linear in the features, so means over groups do.
 """
 
-from typing import Literal
+from types import ModuleType
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from clipdist import world
 from clipdist.errors import UserError
-from clipdist.loss.tiles import Sides, log_sum_exps, sigmoid_sums, softmax_pulls, tile_shape
+from clipdist.loss.backend import Backend, choose
+from clipdist.loss.tiles import Sides, tile_shape
 from clipdist.settings import settings
 
 
@@ -28,7 +30,9 @@ class LossConfig:
     image_weight: float = 0.5
     """λ: weight of image→text; text→image gets 1 − λ."""
     tile: int | None = None
-    """Columns of logits held at a time; by default what suits the device."""
+    """Columns of logits held at a time; by default what suits the device. The GPU kernel chooses its own."""
+    backend: Backend = "auto"
+    """tiles: PyTorch; kernel: Triton, on an NVIDIA GPU; auto: the kernel where it can run."""
 
 
 class ContrastiveLoss(nn.Module):
@@ -38,7 +42,8 @@ class ContrastiveLoss(nn.Module):
         kind: `infonce` (CLIP, ConVIRT) or `sigmoid` (SigLIP).
         label_smoothing: ε of the InfoNCE targets, in [0, 1).
         image_weight: λ, in [0, 1].
-        tile: columns of logits held at a time.
+        tile: columns of logits held at a time; without meaning to the GPU kernel.
+        backend: `tiles`, `kernel`, or `auto` for the kernel where it can run.
 
     Calling it (all ranks together) with L2-normalised `image_features_bD` and `text_features_bD` of this rank, the
     multiplier `logit_scale` (1/temperature), for `sigmoid` also `logit_bias`, and optionally int64 `group_b`, returns
@@ -49,7 +54,7 @@ class ContrastiveLoss(nn.Module):
     In training mode every rank must have the same number of rows; in evaluation mode numbers may differ, at the price
     of one more small exchange.
 
-    Raises `UserError` for parameters outside their range.
+    Raises `UserError` for parameters outside their range, and, when called, where the kernel asked for cannot run.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class ContrastiveLoss(nn.Module):
         label_smoothing: float = 0.0,
         image_weight: float = 0.5,
         tile: int | None = None,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         if kind not in ("infonce", "sigmoid"):
@@ -68,12 +74,15 @@ class ContrastiveLoss(nn.Module):
             raise UserError(f"loss.image_weight={image_weight}, expected 0 to 1")
         if tile is not None and tile < 1:
             raise UserError(f"loss.tile={tile}, expected at least 1")
+        if backend not in get_args(Backend):
+            raise UserError(f"loss.backend={backend!r}, expected {', '.join(get_args(Backend))}")
         if kind == "sigmoid" and (label_smoothing or image_weight != 0.5):
             raise UserError(
                 "loss.kind=sigmoid has neither label smoothing nor directions; remove loss.label_smoothing and "
                 "loss.image_weight, or use loss.kind=infonce"
             )
         self.kind, self.label_smoothing, self.image_weight, self.tile = kind, label_smoothing, image_weight, tile
+        self.backend: Backend = backend
 
     def forward(
         self,
@@ -89,6 +98,7 @@ class ContrastiveLoss(nn.Module):
         # Reductions over thousands of rows need at least float32, whatever the towers' precision.
         wide = torch.promote_types(image_features_bD.dtype, torch.float32)
         scale = logit_scale.reshape(()).to(wide)
+        work = choose(self.backend, image_features_bD)
         with torch.autocast(image_features_bD.device.type, enabled=False):
             if self.kind == "infonce":
                 loss = _InfoNCE.apply(
@@ -96,12 +106,12 @@ class ContrastiveLoss(nn.Module):
                     text_features_bD,
                     scale,
                     group_b,
-                    (self.label_smoothing, self.image_weight, self.tile, self.training),
+                    (work, self.label_smoothing, self.image_weight, self.tile, self.training),
                 )
             else:
                 assert logit_bias is not None
                 bias = logit_bias.reshape(()).to(wide)
-                options = (self.tile, self.training)
+                options = (work, self.tile, self.training)
                 loss = _Sigmoid.apply(image_features_bD, text_features_bD, scale, bias, group_b, options)
         assert isinstance(loss, Tensor)
         return loss
@@ -116,7 +126,7 @@ class _Gathered:
         if group_b is not None:
             # The 64-bit groups travel as bits beside the features: one collective instead of two.
             packed.append(group_b.contiguous().view(image_bD.dtype).view(rows, -1))
-        gathered = world.gather_rows(torch.cat(packed, dim=1), equal=equal)
+        gathered = world.gather_rows(torch.cat(packed, dim=1), equal=equal, purpose="features")
         every_image, every_text = gathered[:, :width], gathered[:, width : 2 * width]
         self.sides = Sides(image_bD, text_bD, every_image, every_text, _own_rows(rows, equal))
         self.group_B = None
@@ -137,20 +147,21 @@ class _InfoNCE(torch.autograd.Function):
         text_bD: Tensor,
         scale: Tensor,
         group_b: Tensor | None,
-        options: tuple[float, float, int | None, bool],
+        options: tuple[ModuleType, float, float, int | None, bool],
     ) -> Tensor:
-        smoothing, weight, columns, equal = options
+        work, smoothing, weight, columns, equal = options
         every = _Gathered(image_bD, text_bD, group_b, equal)
         shape = tile_shape(image_bD.device, columns)
-        row_lse_b, column_lse_b = log_sum_exps(every.sides, scale, shape)
+        row_lse_b, column_lse_b = work.log_sum_exps(every.sides, scale, shape)
         # Σ_j target_ij T_j for this rank's rows, and likewise for its columns: targets are symmetric.
         text_target_bD, image_target_bD = _targets(every, smoothing, scale.dtype)
         aligned_b = (image_bD.to(scale.dtype) * text_target_bD).sum(1)
-        known_B3 = world.gather_rows(torch.stack([row_lse_b, column_lse_b, aligned_b], dim=1), equal=equal)
+        known_b3 = torch.stack([row_lse_b, column_lse_b, aligned_b], dim=1)
+        known_B3 = world.gather_rows(known_b3, equal=equal, purpose="vectors")
         row_lse_B, column_lse_B, aligned_B = (vector.contiguous() for vector in known_B3.unbind(1))
         loss = weight * row_lse_B.mean() + (1 - weight) * column_lse_B.mean() - scale * aligned_B.mean()
         if any(ctx.needs_input_grad[:3]):  # type: ignore[attr-defined]
-            image_grad, text_grad = softmax_pulls(every.sides, scale, row_lse_B, column_lse_B, weight, shape)
+            image_grad, text_grad = work.softmax_pulls(every.sides, scale, row_lse_B, column_lse_B, weight, shape)
             image_grad.sub_(text_target_bD).mul_(scale / every.rows)
             text_grad.sub_(image_target_bD).mul_(scale / every.rows)
             # z = s·I·T, so s·dL/ds = Σ_ij z_ij·dL/dz_ij = Σ_i I_i·dL/dI_i; this rank's rows are its share.
@@ -176,13 +187,13 @@ class _Sigmoid(torch.autograd.Function):
         scale: Tensor,
         bias: Tensor,
         group_b: Tensor | None,
-        options: tuple[int | None, bool],
+        options: tuple[ModuleType, int | None, bool],
     ) -> Tensor:
-        columns, equal = options
+        work, columns, equal = options
         every = _Gathered(image_bD, text_bD, group_b, equal)
         shape = tile_shape(image_bD.device, columns)
         wants_grad = any(ctx.needs_input_grad[:4])  # type: ignore[attr-defined]
-        total, image_grad, text_grad, bias_grad = sigmoid_sums(
+        total, image_grad, text_grad, bias_grad = work.sigmoid_sums(
             every.sides, scale, bias, every.group_B, shape, wants_grad
         )
         if wants_grad:
@@ -191,7 +202,7 @@ class _Sigmoid(torch.autograd.Function):
             scale_grad = _dot(image_bD, image_grad) / scale
             bias_grad = bias_grad / every.rows
             _keep_gradients(ctx, every.world_size, image_bD.dtype, image_grad, text_grad, scale_grad, bias_grad)
-        return world.sum_over_ranks(total) / every.rows
+        return world.sum_over_ranks(total, "vectors") / every.rows
 
     @staticmethod
     @once_differentiable

@@ -86,7 +86,8 @@ def shared_bytes(config: triton.Config, width: int, itemsize: int) -> int:
         elements = config.num_stages * depth * (rows + columns) + columns * out
     else:  # the rows are held, and where `out` is as wide, the same columns serve both products
         elements = rows * depth + config.num_stages * columns * (depth if out in (0, depth) else depth + out)
-    return itemsize * (elements + (rows * columns if out else 0))
+    # Probabilities on their way from one product's layout to the other's are float32 at most.
+    return itemsize * elements + (4 * rows * columns if out else 0)
 
 
 def suitable(configs: list[triton.Config], width: int, itemsize: int, shared: int) -> list[triton.Config]:

@@ -116,7 +116,7 @@ class _Gathered:
         if group_b is not None:
             # The 64-bit groups travel as bits beside the features: one collective instead of two.
             packed.append(group_b.contiguous().view(image_bD.dtype).view(rows, -1))
-        gathered = world.gather_rows(torch.cat(packed, dim=1), equal=equal)
+        gathered = world.gather_rows(torch.cat(packed, dim=1), equal=equal, purpose="features")
         every_image, every_text = gathered[:, :width], gathered[:, width : 2 * width]
         self.sides = Sides(image_bD, text_bD, every_image, every_text, _own_rows(rows, equal))
         self.group_B = None
@@ -146,7 +146,8 @@ class _InfoNCE(torch.autograd.Function):
         # Σ_j target_ij T_j for this rank's rows, and likewise for its columns: targets are symmetric.
         text_target_bD, image_target_bD = _targets(every, smoothing, scale.dtype)
         aligned_b = (image_bD.to(scale.dtype) * text_target_bD).sum(1)
-        known_B3 = world.gather_rows(torch.stack([row_lse_b, column_lse_b, aligned_b], dim=1), equal=equal)
+        known_b3 = torch.stack([row_lse_b, column_lse_b, aligned_b], dim=1)
+        known_B3 = world.gather_rows(known_b3, equal=equal, purpose="vectors")
         row_lse_B, column_lse_B, aligned_B = (vector.contiguous() for vector in known_B3.unbind(1))
         loss = weight * row_lse_B.mean() + (1 - weight) * column_lse_B.mean() - scale * aligned_B.mean()
         if any(ctx.needs_input_grad[:3]):  # type: ignore[attr-defined]
@@ -191,7 +192,7 @@ class _Sigmoid(torch.autograd.Function):
             scale_grad = _dot(image_bD, image_grad) / scale
             bias_grad = bias_grad / every.rows
             _keep_gradients(ctx, every.world_size, image_bD.dtype, image_grad, text_grad, scale_grad, bias_grad)
-        return world.sum_over_ranks(total) / every.rows
+        return world.sum_over_ranks(total, "vectors") / every.rows
 
     @staticmethod
     @once_differentiable

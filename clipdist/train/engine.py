@@ -14,7 +14,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from clipdist import world
 from clipdist.errors import UserError
 from clipdist.model.dual_encoder import DualEncoder, Encoded
 from clipdist.train.optim import OptimConfig, build_optimizer, gradient_norms
@@ -62,6 +64,13 @@ def make_accelerator(precision: Precision) -> Accelerator:
     return accelerator
 
 
+class Exchange(NamedTuple):
+    """Seconds of an exchange of gradients, and how many of them came after the backward pass had done its work."""
+
+    seconds: float
+    exposed_seconds: float
+
+
 class Engine(ABC):
     """All ranks construct it with equal models, and call each method together."""
 
@@ -101,6 +110,25 @@ class Engine(ABC):
     def update(self, total_norm: float, max_norm: float, finite: bool) -> None:
         """Clips to `max_norm` (0: not), takes the optimiser's step unless the gradient is not finite, and forgets the
         gradient."""
+
+    @abstractmethod
+    def gradient_bytes(self) -> float:
+        """Bytes that this rank sends in one step so that all ranks have the averaged gradient; by formula.
+
+        Each engine answers for what it exchanges, over W ranks and N bytes of gradients: replicas all-reduce them,
+        2(W − 1)/W · N; shards (ZeRO 2 and 3, FSDP2) reduce-scatter them, (W − 1)/W · N in the gradient's type, and
+        besides gather the weights, (W − 1)/W of their bytes each time that a pass needs them. ZeRO 1 all-reduces and
+        gathers the updated weights.
+        """
+
+    def gradient_exchange(self) -> Exchange | None:
+        """How long the exchange of gradients took in the step before the last forward pass; None where nothing
+        measures it, and in one process."""
+        return None
+
+    def measure_each_exchange(self) -> None:
+        """Has every step measured, not now and then one; for a profile."""
+        return None
 
     @property
     @abstractmethod
@@ -156,6 +184,21 @@ class ReplicatedEngine(Engine):
                 torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, torch.tensor(total_norm))
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def gradient_bytes(self) -> float:
+        return world.all_reduce_bytes(sum(p.nbytes for p in self.model.parameters() if p.requires_grad))
+
+    def gradient_exchange(self) -> Exchange | None:
+        """As DDP's own clock tells it, which runs in its first ten steps and in every hundredth."""
+        if not isinstance(self._wrapped, DistributedDataParallel):
+            return None
+        told = self._wrapped._get_ddp_logging_data()
+        seconds = told.get("backward_comm_time", 0) / 1e9
+        return Exchange(seconds, max(0.0, seconds - told.get("backward_compute_comm_overlap_time", 0) / 1e9))
+
+    def measure_each_exchange(self) -> None:
+        if isinstance(self._wrapped, DistributedDataParallel):
+            self._wrapped._set_ddp_runtime_logging_sample_rate(1)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

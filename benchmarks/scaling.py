@@ -23,15 +23,17 @@ import datetime
 import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from step import PRESETS, ROOT, prepare, run_clipdist
 
 HERE = Path(__file__).resolve().parent
 WORLDS = (1, 8, 16, 64, 256, 1024)
+ROWS = 64  # of each process that is measured
 
 
 class Cluster(NamedTuple):
@@ -92,16 +94,16 @@ def predict(work: Work, cluster: Cluster, world: int, args: argparse.Namespace) 
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    folder = (ROOT / "data" / "benchmark-step-small").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    text = prepare(folder, PRESETS["small"])
+    """What `step.py` finds for clipdist alone, on each number of processes."""
     found = []
-    for turn, world in enumerate(args.processes):
-        options = argparse.Namespace(preset="small", processes=world, batch=64 * world, workers=0, micro_batches=1)
-        options.steps, options.warmup, options.log_every = 40, 8, 4
-        run = run_clipdist(folder, text, turn, options)
-        speed = statistics.median(run["pairs_per_second"])
-        found.append({"processes": world, "rows": 64, "pairs_per_second": speed, "loss": run["loss"][-1]})
+    for world in args.processes:
+        with tempfile.TemporaryDirectory() as folder:
+            words = ["--programs", "clipdist", "--processes", str(world), "--batch", str(ROWS * world)]
+            words += ["--workers", "0", "--repetitions", "1", "--out", f"{folder}/out"]
+            subprocess.run([sys.executable, HERE / "step.py", *words], check=True, stdout=subprocess.DEVNULL)
+            body = json.loads(Path(folder, "out.json").read_text(encoding="utf-8"))
+        speed = statistics.median(body["runs"]["clipdist"][0]["pairs_per_second"])
+        found.append({"processes": world, "rows": ROWS, "pairs_per_second": speed})
         print(f"{world} processes: {speed:.1f} pairs/s", file=sys.stderr, flush=True)
     return found
 
@@ -127,7 +129,7 @@ def main() -> None:
     if measured:
         cores = len(os.sched_getaffinity(0))
         lines += [
-            f"Measured, {cores} CPU cores, one thread a process, 64 rows a process, `step.py`'s small towers:",
+            f"Measured, {cores} CPU cores, one thread and {ROWS} rows a process, `step.py`'s small towers:",
             "",
         ]
         lines += ["| processes | pairs/s | of one process × processes |", "|--:|--:|--:|"]

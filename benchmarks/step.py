@@ -40,6 +40,8 @@ ROOT = HERE.parent
 PEER = HERE / "peers" / ".venv-open_clip" / "bin" / "python"
 TOKENS = (8, 40)
 PARTS = 8  # micro-batches of the cached-gradient step
+IN_PARTS = f"clipdist, {PARTS} micro-batches"
+PROGRAMS = ["clipdist", "open_clip", IN_PARTS]
 WORDS = (
     *("red", "blue", "small", "large", "round", "oval", "rough", "smooth", "lesion", "border", "centre", "upper"),
     *("lower", "left", "right", "thin", "thick", "pale", "dark", "brown", "black", "pink", "scale", "crust", "plaque"),
@@ -195,6 +197,13 @@ def start(command: list[Any], folder: Path) -> str:
     return done.stderr + done.stdout
 
 
+def peer_version() -> str | None:
+    if not PEER.exists():
+        return None
+    code = "import importlib.metadata as m; print(m.version('open_clip_torch'))"
+    return subprocess.run([PEER, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), default="small")
@@ -207,16 +216,18 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=4)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/step_<preset>_<date>")
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS)
     args = parser.parse_args()
     args.micro_batches = 1
-    if not PEER.exists():
+    if "open_clip" in args.programs and not PEER.exists():
         raise SystemExit("no environment of open_clip; make it with benchmarks/peers/setup.sh open_clip")
     folder = (args.data or ROOT / "data" / f"benchmark-step-{args.preset}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     text = prepare(folder, PRESETS[args.preset])
     in_parts = argparse.Namespace(**{**vars(args), "micro_batches": PARTS})
     programs = {"clipdist": (run_clipdist, args), "open_clip": (run_open_clip, args)}
-    programs[f"clipdist, {PARTS} micro-batches"] = (run_clipdist, in_parts)
+    programs[IN_PARTS] = (run_clipdist, in_parts)
+    programs = {name: programs[name] for name in args.programs}
     runs: dict[str, list[dict[str, list[float]]]] = {name: [] for name in programs}
     load = os.getloadavg()[0]
     for turn in range(args.repetitions):
@@ -226,11 +237,6 @@ def main() -> None:
             print(f"{turn + 1}: {name:28s} {speed:8.1f} pairs/s", file=sys.stderr, flush=True)
     medians = {name: statistics.median(v for run in own for v in run["pairs_per_second"]) for name, own in runs.items()}
     cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    done = subprocess.run(
-        [PEER, "-c", "import importlib.metadata as m; print(m.version('open_clip_torch'))"],
-        capture_output=True,
-        text=True,
-    )
     date = datetime.date.today().isoformat()
     body = {
         "benchmark": "step",
@@ -242,7 +248,7 @@ def main() -> None:
             "kernel": platform.release(),
             "load": [load, os.getloadavg()[0]],
         },
-        "versions": {"torch": torch.__version__, "open_clip_torch": done.stdout.strip()},
+        "versions": {"torch": torch.__version__, "open_clip_torch": peer_version()},
         "settings": {**PRESETS[args.preset], **{key: getattr(args, key) for key in ("preset", "processes", "batch")}},
         "medians": medians,
         "runs": runs,
@@ -250,10 +256,13 @@ def main() -> None:
     out = args.out or HERE / "results" / f"step_{args.preset}_{date}"
     out.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{out}.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-    rows = [f"| {name} | {speed:.1f} | {speed / medians['open_clip']:.2f} |" for name, speed in medians.items()]
-    longer = medians["clipdist"] / medians[f"clipdist, {PARTS} micro-batches"]
-    lines = [f"# A whole training step, {args.preset}, {date}", "", "| | pairs/s | of open_clip |", "|---|--:|--:|"]
-    lines += [*rows, "", f"In {PARTS} micro-batches a step takes {longer:.2f} times as long as at once.", ""]
+    lines = [f"# A whole training step, {args.preset}, {date}", "", "| | pairs/s | of the first |", "|---|--:|--:|"]
+    first = next(iter(medians.values()))
+    lines += [f"| {name} | {speed:.1f} | {speed / first:.2f} |" for name, speed in medians.items()]
+    if IN_PARTS in medians and "clipdist" in medians:
+        longer = medians["clipdist"] / medians[IN_PARTS]
+        lines += ["", f"In {PARTS} micro-batches a step takes {longer:.2f} times as long as at once."]
+    lines.append("")
     page = "\n".join([*lines, f"{body['settings']}", "", f"{body['machine']}; {body['versions']}.", ""])
     Path(f"{out}.md").write_text(page, encoding="utf-8")
     print(page)

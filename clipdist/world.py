@@ -7,12 +7,13 @@ Unless a docstring says otherwise, all ranks must call it, in the same order.
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -35,6 +36,61 @@ class World:
         return self.rank == 0
 
 
+class Sent(NamedTuple):
+    bytes: float
+    seconds: float
+
+
+class Traffic:
+    """What this rank sent through the collectives on tensors below, by purpose, since `take` was last called.
+
+    Bytes are by formula, that of a ring, which no algorithm undercuts by much: to gather, a rank sends its part W − 1
+    times; to reduce, 2(W − 1)/W times the tensor. Seconds are measured, from the call until the result is there (on a
+    GPU between two events on its stream), and so include the wait for the slowest rank. What is pickled (at a start,
+    around a validation, after a bad sample) is no part of a step and is not counted.
+    """
+
+    def __init__(self) -> None:
+        self._bytes: defaultdict[str, float] = defaultdict(float)
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def counted(self, purpose: str, sent_bytes: float, device: torch.device) -> Iterator[None]:
+        """Around one collective."""
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((purpose, start, end))
+            if len(self._events) > 256 and self._events[0][2].query():
+                self._settle(self._events[:128])
+                del self._events[:128]
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds[purpose] += time.perf_counter() - began
+        self._bytes[purpose] += sent_bytes
+
+    def _settle(self, events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]]) -> None:
+        for purpose, start, end in events:
+            end.synchronize()
+            self._seconds[purpose] += start.elapsed_time(end) / 1000
+
+    def take(self) -> dict[str, Sent]:
+        """Purpose -> what was sent, and starts anew. Waits for the collectives that a GPU has not done yet."""
+        self._settle(self._events)
+        found = {purpose: Sent(sent, self._seconds[purpose]) for purpose, sent in self._bytes.items()}
+        self._bytes.clear()
+        self._seconds.clear()
+        self._events.clear()
+        return found
+
+
+traffic = Traffic()
+
+
 def announced() -> World:
     """What the launcher said through the environment, before any process group exists."""
     return World(
@@ -47,6 +103,11 @@ def connected() -> World:
     if not dist.is_initialized():
         return World()
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def ranks_on_node() -> int:
+    """How many ranks share this machine's memory, by what the launcher said; all of them when it did not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", connected().world_size))
 
 
 def launcher() -> int:
@@ -122,44 +183,11 @@ def check_size(expected: int = 0) -> World:
     return obtained
 
 
-class Traffic:
-    """What this rank has sent in collectives of tensors since it was last asked, by purpose.
-
-    Bytes are those of a ring, the least that W ranks can do: (W − 1)·n to gather n from each, 2·(W − 1)/W·n to sum n.
-    Seconds are how long the call kept this process; a GPU's collectives go on behind it, so there none are given.
-    """
-
-    def __init__(self) -> None:
-        self._sent: dict[str, float] = {}
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def count(self, purpose: str, size: float) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._sent[purpose] = self._sent.get(purpose, 0) + size
-        if dist.get_backend() != "nccl":
-            self._seconds[purpose] = self._seconds.get(purpose, 0) + time.perf_counter() - began
-
-    def take(self) -> tuple[dict[str, float], dict[str, float]]:
-        """(bytes, seconds), each purpose -> sum since the last call."""
-        taken = self._sent, self._seconds
-        self._sent, self._seconds = {}, {}
-        return taken
-
-
-traffic = Traffic()
-
-
-def ring_sum_bytes(size: float, world_size: int) -> float:
-    """Bytes that each rank sends in a ring that sums `size` bytes."""
-    return 2 * (world_size - 1) / world_size * size
-
-
 def gather_rows(rows_bX: torch.Tensor, *, equal: bool = True, purpose: str = "other") -> torch.Tensor:
     """All ranks' rows joined in rank order, [B, X]; no gradient flows through.
 
-    `equal` promises that every rank has the same number of rows, which saves exchanging the numbers first.
+    `equal` promises that every rank has the same number of rows, which saves exchanging the numbers first. `purpose`
+    is what `traffic` counts it under.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows_bX.detach()
@@ -167,11 +195,10 @@ def gather_rows(rows_bX: torch.Tensor, *, equal: bool = True, purpose: str = "ot
     rows_bX = rows_bX.detach().contiguous()
     if equal:
         gathered = rows_bX.new_empty((world_size * rows_bX.shape[0], *rows_bX.shape[1:]))
-        with traffic.count(purpose, (world_size - 1) * rows_bX.nbytes):
+        with traffic.counted(purpose, (world_size - 1) * rows_bX.nbytes, rows_bX.device):
             dist.all_gather_into_tensor(gathered, rows_bX)
         return gathered
-    counts = torch.zeros(world_size, dtype=torch.int64, device=rows_bX.device)
-    dist.all_gather_into_tensor(counts, torch.tensor([len(rows_bX)], device=rows_bX.device))
+    counts = gather_rows(torch.tensor([len(rows_bX)], device=rows_bX.device), purpose=purpose)
     sizes = counts.tolist()
     padded = rows_bX.new_zeros((max(sizes), *rows_bX.shape[1:]))
     padded[: len(rows_bX)] = rows_bX
@@ -181,17 +208,25 @@ def gather_rows(rows_bX: torch.Tensor, *, equal: bool = True, purpose: str = "ot
 
 def sum_over_ranks(values: torch.Tensor, purpose: str = "other") -> torch.Tensor:
     """Element-wise sum over ranks, in place; int64 wraps round."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        with traffic.count(purpose, ring_sum_bytes(values.nbytes, dist.get_world_size())):
-            dist.all_reduce(values)
-    return values
+    return _reduce(values, dist.ReduceOp.SUM, purpose)
 
 
-def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
+def max_over_ranks(values: torch.Tensor, purpose: str = "other") -> torch.Tensor:
     """Element-wise maximum over ranks, in place."""
+    return _reduce(values, dist.ReduceOp.MAX, purpose)
+
+
+def _reduce(values: torch.Tensor, operation: Any, purpose: str) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values, dist.ReduceOp.MAX)
+        with traffic.counted(purpose, all_reduce_bytes(values.nbytes), values.device):
+            dist.all_reduce(values, operation)
     return values
+
+
+def all_reduce_bytes(tensor_bytes: int) -> float:
+    """What one rank sends when a tensor of so many bytes is summed over all ranks in a ring."""
+    world_size = connected().world_size
+    return 2 * (world_size - 1) / world_size * tensor_bytes
 
 
 def gather_objects(item: Any) -> list[Any]:

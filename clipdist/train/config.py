@@ -1,7 +1,7 @@
 """What a recipe's `train` section can say, and what of a recipe is checked before anything is loaded."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
@@ -23,9 +23,9 @@ class TrainConfig:
     global_batch: int
     """Pairs per step over all ranks: each is contrasted with all the others."""
     epochs: int
-    micro_batch: NonNegativeInt = 0
-    """Pairs per rank that are in memory at a time; 0: all of the rank's share. A smaller number costs a second forward
-    pass and changes no gradient."""
+    micro_batch: NonNegativeInt | Literal["auto"] = 0
+    """Pairs per rank that are in memory at a time; 0: all of the rank's share; auto: as many as fit, by what a row is
+    measured to need. Less than the rank's share costs a second forward pass and changes no gradient."""
     precision: Precision = "fp32"
     tf32: bool = False
     """Lets GPUs round the factors of float32 matrix products to 10 bits: faster, and no longer float32's precision."""
@@ -52,11 +52,17 @@ def check(config: "RunConfig") -> None:
             f"train.global_batch={train.global_batch} and train.epochs={train.epochs}: expected at least 2 and 1"
         )
     ranks = world.announced().world_size
-    if train.micro_batch and train.global_batch % (ranks * train.micro_batch):
+    if train.micro_batch != "auto" and train.micro_batch and train.global_batch % (ranks * train.micro_batch):
         raise UserError(
             f"train.global_batch={train.global_batch} does not divide into {ranks} processes × "
             f"train.micro_batch={train.micro_batch}; choose a global batch that is a multiple of "
             f"{ranks * train.micro_batch}, or another micro-batch"
+        )
+    towers = (config.model.image, config.model.text)
+    if train.micro_batch == "auto" and any(tower.checkpoint_activations for tower in towers):
+        raise UserError(
+            "train.micro_batch=auto cannot tell what blocks need whose activations are computed twice; set a number, "
+            "or checkpoint_activations to false"
         )
     if train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision=fp16 needs a GPU; without one use bf16 or fp32")

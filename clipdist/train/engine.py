@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from clipdist import world
 from clipdist.errors import UserError
@@ -63,6 +64,13 @@ def make_accelerator(precision: Precision, tf32: bool = False) -> Accelerator:
     return Accelerator(mixed_precision=mixed, cpu=use_cpu, kwargs_handlers=[ddp])
 
 
+class Exchange(NamedTuple):
+    """Seconds of an exchange of gradients, and how many of them came after the backward pass had done its work."""
+
+    seconds: float
+    exposed_seconds: float
+
+
 class Engine(ABC):
     """All ranks construct it with equal models, and call each method together."""
 
@@ -101,9 +109,23 @@ class Engine(ABC):
         gradient."""
 
     @abstractmethod
-    def gradient_bytes_sent(self) -> float:
-        """Bytes that each rank sends in a step to exchange gradients (and weights, where they are sharded): by formula,
-        since the exchange is the engine's own."""
+    def gradient_bytes(self) -> float:
+        """Bytes that this rank sends in one step so that all ranks have the averaged gradient; by formula.
+
+        Each engine answers for what it exchanges, over W ranks and N bytes of gradients: replicas all-reduce them,
+        2(W − 1)/W · N; shards (ZeRO 2 and 3, FSDP2) reduce-scatter them, (W − 1)/W · N in the gradient's type, and
+        besides gather the weights, (W − 1)/W of their bytes each time that a pass needs them. ZeRO 1 all-reduces and
+        gathers the updated weights.
+        """
+
+    def gradient_exchange(self) -> Exchange | None:
+        """How long the exchange of gradients took in the step before the last forward pass; None where nothing
+        measures it, and in one process."""
+        return None
+
+    def measure_each_exchange(self) -> None:
+        """Has every step measured, not now and then one; for a profile."""
+        return None
 
     @property
     @abstractmethod
@@ -160,9 +182,20 @@ class ReplicatedEngine(Engine):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def gradient_bytes_sent(self) -> float:
-        size = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
-        return world.ring_sum_bytes(size, self.accelerator.num_processes)
+    def gradient_bytes(self) -> float:
+        return world.all_reduce_bytes(sum(p.nbytes for p in self.model.parameters() if p.requires_grad))
+
+    def gradient_exchange(self) -> Exchange | None:
+        """As DDP's own clock tells it, which runs in its first ten steps and in every hundredth."""
+        if not isinstance(self._wrapped, DistributedDataParallel):
+            return None
+        told = self._wrapped._get_ddp_logging_data()
+        seconds = told.get("backward_comm_time", 0) / 1e9
+        return Exchange(seconds, max(0.0, seconds - told.get("backward_compute_comm_overlap_time", 0) / 1e9))
+
+    def measure_each_exchange(self) -> None:
+        if isinstance(self._wrapped, DistributedDataParallel):
+            self._wrapped._set_ddp_runtime_logging_sample_rate(1)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

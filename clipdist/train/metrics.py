@@ -3,29 +3,52 @@
 import json
 import math
 import os
+import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import PositiveInt
 
+from clipdist import world
 from clipdist.data.shards import write_atomically
 from clipdist.settings import settings
 
-# Dense bf16 tensor-core peaks in FLOP/s, without sparsity, from the vendors' data sheets; matched by device name.
-PEAK_FLOPS = {
-    "B200": 2.25e15,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "V100": 125e12,
-    "T4": 65e12,
+if TYPE_CHECKING:
+    from clipdist.train.engine import Engine
+
+
+class Peak(NamedTuple):
+    """FLOP/s of a GPU without sparsity, by its data sheet: on tensor cores in half precision, on tensor cores in TF32,
+    and in float32 proper. None: it has none."""
+
+    half: float
+    tf32: float | None
+    fp32: float
+    has_bf16: bool = True
+
+
+# By the word that the device's name holds. Of a card in several forms the longer name stands first.
+PEAKS = {
+    "GB200": Peak(2.5e15, 1.25e15, 90e12),
+    "B200": Peak(2.25e15, 1.1e15, 80e12),
+    "GH200": Peak(989e12, 494e12, 67e12),
+    "H200": Peak(989e12, 494e12, 67e12),
+    "H100 PCIe": Peak(756e12, 378e12, 51e12),
+    "H100 NVL": Peak(835e12, 417e12, 60e12),
+    "H100": Peak(989e12, 494e12, 67e12),
+    "A100": Peak(312e12, 156e12, 19.5e12),
+    "A40": Peak(149.7e12, 74.8e12, 37.4e12),
+    "A30": Peak(165e12, 82e12, 10.3e12),
+    "A10G": Peak(70e12, 35e12, 35e12),
+    "A10": Peak(125e12, 62.5e12, 31.2e12),
+    "L40S": Peak(362e12, 183e12, 91.6e12),
+    "L4": Peak(121e12, 60e12, 30.3e12),
+    "V100-PCIE": Peak(112e12, None, 14e12, has_bf16=False),
+    "V100": Peak(125e12, None, 15.7e12, has_bf16=False),
+    "T4": Peak(65e12, None, 8.1e12, has_bf16=False),
 }
 
 
@@ -35,8 +58,27 @@ class LogConfig:
     tensorboard: bool = True
 
 
-def peak_flops(device_name: str) -> float | None:
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+def peak_flops(device_name: str, precision: str, tf32: bool = False) -> float | None:
+    """The peak, in FLOP/s, that a run in `precision` (fp32, bf16, fp16) can be measured by; `tf32` says whether fp32
+    products are taken in TF32.
+
+    None, so that no share of it is reported, for a device that is not listed (every CPU), and for bf16 on one without
+    it, where it is emulated.
+    """
+    found = next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", device_name)), None)
+    if found is None or (precision == "bf16" and not found.has_bf16):
+        return None
+    if precision == "fp32":
+        return found.tf32 if tf32 and found.tf32 else found.fp32
+    return found.half
+
+
+def device_peak(device: torch.device, precision: str) -> float | None:
+    """`peak_flops` of this rank's device, as torch is set now."""
+    if device.type != "cuda":
+        return None
+    tf32 = torch.get_float32_matmul_precision() != "highest"
+    return peak_flops(torch.cuda.get_device_name(device), precision, tf32)
 
 
 class MetricsWriter:
@@ -103,10 +145,43 @@ class MetricsWriter:
             self._board.close()
 
 
-def memory_gib(device: torch.device) -> float:
-    """Peak memory: of the device for a GPU, of this process for the CPU."""
+def memory(device: torch.device, *, start_anew: bool = True) -> dict[str, float]:
+    """Peak memory in GiB, as `perf/` keys.
+
+    Of a GPU: what tensors held at most since this was last called with `start_anew`, and what torch reserved for them,
+    so that the curve shows when the peak came. Of a CPU: the most that this process ever held; it cannot start anew.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        found = {
+            "perf/memory_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+            "perf/memory_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
+        }
+        if start_anew:
+            torch.cuda.reset_peak_memory_stats(device)
+        return found
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"perf/memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+def communication(engine: "Engine", steps: int) -> dict[str, float]:
+    """Bytes sent by this rank and seconds spent, per step and collective, over the `steps` since the last call; {} in
+    one process. Bytes are by formula, seconds are measured: see `world.Traffic` and the engine."""
+    taken = world.traffic.take()
+    if world.connected().world_size == 1:
+        return {}
+    found: dict[str, float] = {}
+    for purpose, sent in taken.items():
+        found[f"perf/bytes_sent_{purpose}"] = sent.bytes / max(1, steps)
+        found[f"perf/seconds_{purpose}"] = sent.seconds / max(1, steps)
+    found["perf/bytes_sent_gradients"] = engine.gradient_bytes()
+    if exchange := engine.gradient_exchange():
+        found["perf/seconds_gradients"] = exchange.seconds
+    return found
+
+
+def arithmetic(flops_per_step: float, step_seconds: float, devices: int, peak: float | None) -> dict[str, float]:
+    """Operations of the global batch, TFLOP/s of each device, and its share of the `peak` (FLOP/s) if that is known."""
+    speed = flops_per_step / devices / step_seconds
+    found = {"perf/flops_per_step": flops_per_step, "perf/tflops_per_device": speed / 1e12}
+    return found | ({"perf/mfu": speed / peak} if peak else {})

@@ -122,9 +122,15 @@ def _check_sets(folder: Path, data: Mixture) -> None:
 
 
 def write_environment(
-    folder: Path, data: Mixture, who: world.World, device: torch.device, parameters: dict[str, int], step: int
+    folder: Path,
+    data: Mixture,
+    who: world.World,
+    device: torch.device,
+    parameters: dict[str, int],
+    start: dict[str, Any],
 ) -> None:
-    """`environment.json`: what the run runs on; each start is added to `starts`. All ranks call it, rank 0 writes."""
+    """`environment.json`: what the run runs on; `start` (step, micro-batch) is added to `starts`. All ranks call it,
+    rank 0 writes."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     nodes = world.gather_objects((socket.gethostname(), gpu))
     if not who.is_main:
@@ -154,7 +160,7 @@ def write_environment(
             }
             for shard_set in data.sets
         ],
-        "starts": [*starts, {"time": now, "step": step, "world_size": who.world_size}],
+        "starts": [*starts, {"time": now, "world_size": who.world_size, **start}],
     }
     body |= {"clipdist": body["versions"]["clipdist"], "torch": torch.__version__}  # type: ignore[index]
     write_atomically(path, (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode())

@@ -7,15 +7,13 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from clipdist import world
 from clipdist.data.caching import open_cache
@@ -33,12 +31,13 @@ from clipdist.model.build import build_model, build_tokenizer, settle_batch_norm
 from clipdist.model.dual_encoder import DualEncoder
 from clipdist.model.freeze import StageConfig, apply_stage, stage_of, trainable_count, unused_parameters
 from clipdist.model.saved import save_model
-from clipdist.model.towers import first_line
 from clipdist.train.checkpoint import CheckpointSaver, read_checkpoint
 from clipdist.train.config import check
 from clipdist.train.ema import WeightAverage
 from clipdist.train.engine import Engine, Inputs, ReplicatedEngine, make_accelerator
-from clipdist.train.metrics import MetricsWriter, memory_gib, peak_flops
+from clipdist.train.flops import FlopCount
+from clipdist.train.metrics import MetricsWriter, arithmetic, communication, device_peak, memory
+from clipdist.train.micro_batch import choose_micro_batch, out_of_memory
 from clipdist.train.optim import Schedule, moving_statistics
 from clipdist.train.run_folder import RunFolder, open_run, write_environment
 from clipdist.train.step import compute_gradient
@@ -100,14 +99,14 @@ class Trainer:
         self.progress = Progress()
         if self.folder.checkpoint:
             self._restore()
-        write_environment(self.folder.path, self.data, self.world, self.device, self.parameters, self.progress.step)
+        start = {"step": self.progress.step, **self.micro_batch_choice}
+        write_environment(self.folder.path, self.data, self.world, self.device, self.parameters, start)
         self.writer = self.saver = None
         if self.world.is_main:
             self.saver = CheckpointSaver(self.folder.checkpoints, config.checkpoint)
             self.writer = MetricsWriter(self.folder.path, config.log, self.progress.step)
             self._forget_bad_samples()
         self.interval = Interval()
-        self.step_flops: float | None = None
 
     def _tokenizer(self) -> Tokenizer:
         """Made once by rank 0, kept with the run, and read back by everyone."""
@@ -126,8 +125,10 @@ class Trainer:
         self.model: DualEncoder = build_model(config.model, self.tokenizer, config.seed).to(self.device)
         self.unused = unused_parameters(self.model)
         self.temperature_learns = config.model.temperature.learned
+        self.flop_count = FlopCount(self.model, self.unused)
+        self.step_flops: float | None = None
         rows = config.train.global_batch // self.world.world_size
-        self.micro_batch = config.train.micro_batch or rows
+        self.micro_batch = self._micro_batch(rows)
         self.model = settle_batch_norm(self.model, self.device, self.world.world_size, rows // self.micro_batch)
         if config.train.compile:
             self.model.image.compile()
@@ -142,12 +143,31 @@ class Trainer:
         }
         self.stage: StageConfig | None = None
 
+    def _micro_batch(self, rows: int) -> int:
+        """Of this rank's `rows`, how many are embedded at a time."""
+        config = self.config
+        self.micro_batch_choice: dict[str, Any] = {"micro_batch": config.train.micro_batch or rows}
+        if config.train.micro_batch == "auto":
+            choice = choose_micro_batch(
+                self.model,
+                self.unused,
+                config.train.stages,
+                rows=rows,
+                max_tokens=config.model.text.max_tokens,
+                precision=PRECISIONS[config.train.precision],
+                tile=config.loss.tile,
+            )
+            self.micro_batch_choice = choice.noted()
+            if self.world.is_main:
+                logger.info("%s", choice)
+        return int(self.micro_batch_choice["micro_batch"])
+
     def enter_epoch(self, epoch: int) -> None:
         """Freezes and thaws by the recipe's stages, and wraps the model anew when that changed anything."""
         stage = stage_of(self.config.train.stages, epoch)
         if stage == self.stage:
             return
-        self.stage = stage
+        self.stage, self.step_flops = stage, None
         apply_stage(self.model, stage, self.unused)
         self.model.train()
         self.engine.enter_stage()
@@ -208,14 +228,15 @@ class Trainer:
         lr = self.schedule.apply(self.engine.param_groups, batch.step)
         statistics = moving_statistics(self.model)
         inputs = Inputs(batch.images_b3HW, batch.token_ids_bT, batch.attention_mask_bT)
-        with self._count_flops(), self._memory_errors():
+        self._count_flops(batch)
+        with out_of_memory(self.micro_batch, len(batch), self.config.train.precision):
             gradient = compute_gradient(
                 self.engine, self.criterion, inputs, batch.group_b, self.micro_batch, partial(self._seed, batch.step)
             )
-        norms = self.engine.gradient_norms()
-        total = math.sqrt(sum(norm**2 for norm in norms.values()))
-        finite = math.isfinite(total) and math.isfinite(gradient.loss)
-        self.engine.update(total, self.config.train.max_grad_norm, finite)
+            norms = self.engine.gradient_norms()
+            total = math.sqrt(sum(norm**2 for norm in norms.values()))
+            finite = math.isfinite(total) and math.isfinite(gradient.loss)
+            self.engine.update(total, self.config.train.max_grad_norm, finite)
         if self.temperature_learns:
             self.model.temperature.clamp()
         if self.average and finite:
@@ -238,29 +259,14 @@ class Trainer:
         """Dropout and its like: a function of seed, step, rank and micro-batch, so that no state need be saved."""
         torch.manual_seed(int(philox("step", self.config.seed, step, self.world.rank, micro_batch).random_raw() >> 1))
 
-    @contextmanager
-    def _memory_errors(self) -> Iterator[None]:
-        """Says what to set when a step does not fit into a GPU's memory."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            half = max(1, self.micro_batch // 2)
-            raise UserError(
-                f"the device's memory is too small for {self.micro_batch} pairs at a time ({first_line(error)}); set "
-                f"train.micro_batch={half}, model.image.checkpoint_activations=true or train.precision=bf16"
-            ) from None
-
-    def _count_flops(self) -> Any:
-        """Counts one step's floating-point operations, once, where a peak to compare with is known."""
-        self._flops: FlopCounterMode | None = None
-        if self.step_flops is None and self.device.type == "cuda":
-            self._flops = FlopCounterMode(display=False)
-            return self._flops
-        return nullcontext()
+    def _count_flops(self, batch: Batch) -> None:
+        """Once for each stage, on rank 0, with captions as long as its own now are."""
+        if self.step_flops is None and self.writer is not None:
+            assert self.stage is not None, "enter_epoch comes first"
+            tokens = batch.token_ids_bT.shape[1]
+            self.step_flops = self.flop_count.of_a_step(self.stage, tokens, self.order.global_batch)
 
     def _note_step(self, batch: Batch, finite: bool) -> None:
-        if self._flops is not None:
-            self.step_flops = float(self._flops.get_total_flops())
         self.progress.step = batch.step + 1
         self.progress.digest = (self.progress.digest + batch.consumed) & MASK_64
         self.progress.skipped_in_a_row = 0 if finite else self.progress.skipped_in_a_row + 1
@@ -277,8 +283,8 @@ class Trainer:
         """(anyone wants to stop, anyone wants to save, bad samples of this step over all ranks)."""
         if self.saver:
             self.saver.check()
-        mine = torch.tensor([stop, save, bad], dtype=torch.int64, device=self.device)
-        votes = world.sum_over_ranks(mine, "agreement").tolist()
+        own = torch.tensor([stop, save, bad], dtype=torch.int64, device=self.device)
+        votes = world.sum_over_ranks(own, "agreement").tolist()
         return votes[0] > 0, votes[1] > 0, votes[2]
 
     def note_bad_samples(self, batch: Batch, count: int) -> None:
@@ -322,29 +328,20 @@ class Trainer:
             "perf/samples_per_second": speed,
             "perf/samples_per_second_per_device": speed / self.world.world_size,
             "perf/step_seconds": seconds / max(1, interval.steps),
-            "perf/memory_gib": memory_gib(self.device),
+            **memory(self.device),
+            **communication(self.engine, interval.steps),
         }
-        record |= self._communication(interval.steps)
         if interval.checkpoint_seconds:
             record["perf/checkpoint_stall_seconds"] = interval.checkpoint_seconds
         if interval.skipped:
             record["train/skipped_steps"] = interval.skipped
-        peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        if self.step_flops and peak:
-            record["perf/mfu"] = self.step_flops / record["perf/step_seconds"] / peak
+        if self.step_flops:
+            peak = device_peak(self.device, self.config.train.precision)
+            record |= arithmetic(self.step_flops, record["perf/step_seconds"], self.world.world_size, peak)
         if self.writer:
             self.writer.write(self.progress.step, self.epoch_of(self.progress.step - 1), record)
         self.interval = Interval()
         return record
-
-    def _communication(self, steps: int) -> dict[str, float]:
-        """Bytes sent and seconds spent per step by this rank, by purpose, since the last line."""
-        sent, seconds = world.traffic.take()
-        if self.world.world_size == 1 or not steps:
-            return {}
-        found = {f"perf/bytes_sent_{purpose}": size / steps for purpose, size in sent.items()}
-        found |= {f"perf/seconds_{purpose}": spent / steps for purpose, spent in seconds.items()}
-        return {**found, "perf/bytes_sent_gradients": self.engine.gradient_bytes_sent()}
 
     def digest(self) -> int:
         """The running hash of every (step, key) consumed by all ranks."""
@@ -448,6 +445,7 @@ class Trainer:
     def begin_interval(self) -> None:
         """Starts timing anew, so that validation does not count as a slow step."""
         self.interval = Interval()
+        world.traffic.take()
 
     def leave_results(self) -> None:
         """Leaves the finished model, the table of hyper-parameters and the report."""

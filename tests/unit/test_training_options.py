@@ -107,6 +107,14 @@ def test_a_tower_that_cannot_compute_twice_says_so(recipe: Recipe, monkeypatch: 
         build_model(config.model, train_wordpiece(CAPTIONS, 100, 16), 0)
 
 
+def test_a_memory_that_cannot_be_reckoned_is_not(recipe: Recipe) -> None:
+    words = ["train.micro_batch=auto", "model.text.checkpoint_activations=true"]
+    with pytest.raises(
+        UserError, match=r"train\.micro_batch=auto cannot tell .*; set a number, or checkpoint_activations"
+    ):
+        Trainer(load_config(recipe(), words))
+
+
 @pytest.mark.parametrize("allowed", [True, False])
 def test_tf32_is_set_both_ways(allowed: bool, recipe: Recipe) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not allowed

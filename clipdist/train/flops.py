@@ -1,0 +1,81 @@
+"""How many floating-point operations the maths of a step takes, whatever computes it.
+
+b = rows on this rank, B = rows in the global batch, D = width of the joint embedding, T = tokens.
+
+Counted once, on a copy of the model on the CPU, so that nothing of how the run computes gets into the number: neither
+what activation checkpointing or a step in micro-batches computes a second time, nor what a compiled, sharded or fused
+model hides from the counter. That is what a model's FLOP/s and its share of the peak (MFU, Chowdhery et al. 2022,
+arXiv 2204.02311) are defined by. The copy has the real shapes and no weights: the numbers do not matter.
+
+Towers: torch's counter over the forward and backward pass of two rows (batch statistics need two), with what trains in
+the present stage; operations grow linearly with rows. A rule of three times the forward pass would be wrong where a
+tower, or part of it, is frozen. Loss: by formula. B × B logits of D products, and two such products again for the
+gradients of both sides, are 3 · 2·B²·D; over W ranks each does 6·b·B·D. The tiles compute logits twice and those
+between ranks on both of them (8 to 12 instead of 6), which by the same token does not count.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from clipdist.model.dual_encoder import DualEncoder
+from clipdist.model.freeze import StageConfig, apply_stage
+
+ROWS = 2
+# How timm and transformers remember, in any module, that activations are to be computed again.
+CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
+
+
+class FlopCount:
+    """Made of the model before an engine or the compiler changes it; costs no memory for weights."""
+
+    def __init__(self, model: DualEncoder, unused: frozenset[str]) -> None:
+        """`unused` names the parameters that never reach the output."""
+        self._model, self._unused = _copy(model, torch.device("meta")), unused
+
+    def of_a_step(self, stage: StageConfig, tokens: int, global_batch: int) -> float:
+        """Operations of one step over the global batch, whose captions are padded to `tokens`; a multiplication and
+        an addition count as two. Leaves random states as they were."""
+        return global_batch * self.of_a_pair(stage, tokens) + loss_flops(global_batch, self._model.config.width)
+
+    def of_a_pair(self, stage: StageConfig, tokens: int) -> float:
+        """Operations of both towers, forward and backward, for one pair."""
+        model = _copy(self._model, torch.device("cpu"))
+        apply_stage(model, stage, self._unused)
+        model.train()
+        for module in model.modules():
+            for name in CHECKPOINTING:
+                if getattr(module, name, False) is True:
+                    setattr(module, name, False)
+        side = model.image.side
+        images = torch.zeros(ROWS, 3, side, side, dtype=torch.uint8)
+        token_ids = torch.ones(ROWS, tokens, dtype=torch.int64)
+        # Fused attention computes scores a second time in its backward pass, and the counter would count them.
+        plain = sdpa_kernel(SDPBackend.MATH)
+        with torch.random.fork_rng(devices=[]), plain, FlopCounterMode(display=False) as counter:
+            encoded = model(images, token_ids, torch.ones_like(token_ids))
+            total = encoded.image_features_bD.sum() + encoded.text_features_bD.sum()
+            if total.requires_grad:
+                total.backward()
+        return float(counter.get_total_flops()) / ROWS
+
+
+def loss_flops(global_batch: int, width: int) -> float:
+    """Operations of the contrastive loss and its gradients over the global batch, by formula: 6·B²·D."""
+    return 6.0 * global_batch**2 * width
+
+
+def _copy(model: DualEncoder, device: torch.device) -> DualEncoder:
+    """The same modules and buffers, with parameters on `device` that are zero."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=device), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
+    copied: DualEncoder = copy.deepcopy(model, memo)
+    return copied

@@ -47,12 +47,16 @@ def rebuild_model(config: ModelConfig, tokenizer: Tokenizer, text_config: Path) 
     return DualEncoder(config, image, text)
 
 
+def needs_whole_batch(model: DualEncoder) -> bool:
+    """Whether statistics of the batch are taken, which neither a rank's share nor a micro-batch knows."""
+    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    return norms and model.image.batch_norm != "frozen"
+
+
 def settle_batch_norm(model: DualEncoder, device: torch.device, ranks: int, micro_batches: int) -> DualEncoder:
     """Batch statistics over the global batch, so that the result depends neither on the number of ranks nor on how a
     rank's rows are embedded."""
-    if model.image.batch_norm == "frozen" or ranks == micro_batches == 1:
-        return model
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if ranks == micro_batches == 1 or not needs_whole_batch(model):
         return model
     if micro_batches > 1:
         raise UserError(

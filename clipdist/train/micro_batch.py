@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from clipdist import world
 from clipdist.errors import UserError
 from clipdist.loss.tiles import tile_shape
+from clipdist.model.build import needs_whole_batch
 from clipdist.model.dual_encoder import DualEncoder
 from clipdist.model.freeze import StageConfig, apply_stage
 
@@ -112,12 +113,6 @@ def choose_micro_batch(
             f"train.precision=bf16, or more GPUs"
         )
     return Choice(agreed, estimate.fixed, estimate.per_row, free)
-
-
-def needs_whole_batch(model: DualEncoder) -> bool:
-    """Whether statistics of the batch are taken, which a micro-batch does not know."""
-    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    return norms and model.image.batch_norm != "frozen"
 
 
 def estimate_step(

@@ -50,10 +50,17 @@ class WeightAverage:
         names = dict.fromkeys([*self.averages, *optimizer])
         return {name: {**optimizer.get(name, {}), AVERAGE: self.averages[name]} for name in names}
 
-    def take_from(self, optimizer: OptimizerState, steps: int) -> OptimizerState:
-        """Goes on from what `put_beside` made `steps` steps after the first; the optimiser's own state."""
-        self.steps = steps
-        for name, average in self.averages.items():
-            average.copy_(optimizer[name][AVERAGE])
-        own = {n: {kind: t for kind, t in kept.items() if kind != AVERAGE} for n, kept in optimizer.items()}
-        return {name: kept for name, kept in own.items() if kept}
+    def go_on(self, averages: dict[str, Tensor], steps: int) -> None:
+        """Goes on from a checkpoint's averages over `steps` steps; begins with the weights as they are where it has
+        none."""
+        self.steps = steps if averages else 0
+        for name, parameter in self.model.named_parameters():
+            self.averages[name].copy_(averages[name] if averages else parameter.detach())
+
+
+def split_averages(optimizer: OptimizerState) -> tuple[dict[str, Tensor], OptimizerState]:
+    """(each parameter's average, the optimiser's own state) of what `put_beside` made; no averages where there are
+    none."""
+    averages = {name: kept[AVERAGE] for name, kept in optimizer.items() if AVERAGE in kept}
+    own = {n: {kind: t for kind, t in kept.items() if kind != AVERAGE} for n, kept in optimizer.items()}
+    return averages, {name: kept for name, kept in own.items() if kept}

@@ -33,7 +33,7 @@ from clipdist.model.freeze import StageConfig, apply_stage, stage_of, trainable_
 from clipdist.model.saved import save_model
 from clipdist.train.checkpoint import CheckpointSaver, read_checkpoint
 from clipdist.train.config import check
-from clipdist.train.ema import WeightAverage
+from clipdist.train.ema import WeightAverage, split_averages
 from clipdist.train.engine import Engine, Inputs, ReplicatedEngine, make_accelerator
 from clipdist.train.flops import FlopCount
 from clipdist.train.metrics import MetricsWriter, arithmetic, communication, device_peak, memory
@@ -184,9 +184,10 @@ class Trainer:
     def _restore(self) -> None:
         assert self.folder.checkpoint is not None
         weights, optimizer, state = read_checkpoint(self.folder.checkpoint)
-        if self.average:
-            optimizer = self.average.take_from(optimizer, state["averaged_steps"])
+        averages, optimizer = split_averages(optimizer)
         self.engine.load(weights, optimizer)
+        if self.average:
+            self.average.go_on(averages, state["averaged_steps"])
         self.schedule.load_state_dict(state.pop("schedule"))
         if (scaler := state.pop("scaler")) and self.engine.scaler is not None:
             self.engine.scaler.load_state_dict(scaler)

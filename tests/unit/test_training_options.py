@@ -169,6 +169,29 @@ def test_an_average_goes_on_to_the_same_bits(recipe: Recipe, tmp_path: Path, sig
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_an_average_is_switched_on_and_off_by_force(recipe: Recipe, tmp_path: Path, signal_handlers: None) -> None:
+    path, run = recipe(train__epochs=1), tmp_path / "runs" / "tiny"
+    assert train(load_config(path, [])) == 0
+    on = Trainer(load_config(path, ["train.ema=0.9", "train.epochs=2", "resume=force"]))
+    assert on.average is not None
+    assert on.average.steps == 0
+    trained = weights(run)
+    assert all(torch.equal(average, trained[name]) for name, average in on.average.averages.items())
+    on.enter_epoch(1)
+    on.step(next(iter(on.batches())))
+    on.save()
+    on.close()
+    moments = load_file(run / "checkpoints" / "step-00000008" / "optimizer.safetensors")
+    assert any(key.startswith("average/") for key in moments)
+    off = Trainer(load_config(path, ["train.epochs=2", "resume=force"]))
+    assert {kind for kept in off.engine.optimizer_state().values() for kind in kept} == {
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+    }
+    off.close()
+
+
 def test_a_skipped_step_is_not_averaged(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(load_config(recipe(), ["train.ema=0.9"]))
     trainer.enter_epoch(0)

@@ -109,11 +109,8 @@ class _Running:
 
 def log_sum_exps(sides: Sides, scale: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """(log Σ_j exp(s·I_i·T_j), log Σ_j exp(s·T_i·I_j)) for this rank's rows i and all j, [b] each, dtype of `scale`."""
-    logits = _Logits(sides, scale, shape)
-    rows, columns = (
-        _Running(len(sides.image_bD), logits.scaled[True]),
-        _Running(len(sides.text_bD), logits.scaled[True]),
-    )
+    logits, b = _Logits(sides, scale, shape), len(sides.image_bD)
+    rows, columns = _Running(b, scale), _Running(b, scale)
     for place in _tiles(sides, shape):
         z_nm = logits(place, logits.others(place))
         (rows if place.image_rows else columns).add(place.rows, z_nm, logits.spare(z_nm), 1)
@@ -134,9 +131,8 @@ def softmax_pulls(
         own_lse_B, other_lse_B = (row_lse_B, column_lse_B) if place.image_rows else (column_lse_B, row_lse_B)
         own_weight = weight if place.image_rows else 1 - weight
         z_nm = logits(place, others_mD)
-        p_nm = (
-            torch.sub(z_nm, own_lse_B[sides.own][place.rows][:, None], out=logits.spare(z_nm)).exp_().mul_(own_weight)
-        )
+        own_lse_n1 = own_lse_B[sides.own][place.rows][:, None]
+        p_nm = torch.sub(z_nm, own_lse_n1, out=logits.spare(z_nm)).exp_().mul_(own_weight)
         p_nm.add_(z_nm.sub_(other_lse_B[place.columns]).exp_(), alpha=1 - own_weight)
         _pull(pulls, sides, place, p_nm, others_mD)
     return pulls[True], pulls[False]

@@ -47,17 +47,6 @@ class CheckpointConfig:
     """Training goes on while a checkpoint is written; it takes as much memory more as weights and optimiser have."""
 
 
-def save_checkpoint(
-    folder: Path, step: int, model: dict[str, Tensor], optimizer: OptimizerState, state: dict[str, Any], keep: int
-) -> Path:
-    """Writes `folder/step-…` beside, syncs and renames it, then points `latest` at it and removes older ones.
-
-    One rank calls it. `state` is JSON. Raises `UserError` when the disk is full or cannot be written; the checkpoints
-    before it stay as they are.
-    """
-    return _save(folder, step, _tensors(model, optimizer), state, keep)
-
-
 class CheckpointSaver:
     """Saves the checkpoints of a run, in a thread of its own if so configured. One rank has one.
 
@@ -73,11 +62,11 @@ class CheckpointSaver:
     def save(self, step: int, model: dict[str, Tensor], optimizer: OptimizerState, state: dict[str, Any]) -> None:
         """Takes a copy of everything, and returns as soon as that is made, or, without a thread, when it is written."""
         self.wait()
-        words = (self.folder, step, _tensors(model, optimizer), state, self.config.keep)
+        words = (self.folder, step, checkpoint_files(model, optimizer), state, self.config.keep)
         if self._pool is None:
-            _save(*words)
+            save_checkpoint(*words)
         else:
-            self._pending = self._pool.submit(_save, *words)
+            self._pending = self._pool.submit(save_checkpoint, *words)
 
     def check(self) -> None:
         """Raises what a save that has ended by now failed with."""
@@ -91,14 +80,21 @@ class CheckpointSaver:
             pending.result()
 
 
-def _tensors(model: dict[str, Tensor], optimizer: OptimizerState) -> dict[str, dict[str, Tensor]]:
-    """Copies on the CPU, by file."""
+def checkpoint_files(model: dict[str, Tensor], optimizer: OptimizerState) -> dict[str, dict[str, Tensor]]:
+    """What `save_checkpoint` writes: copies on the CPU, by file."""
     moments = {f"{kind}/{name}": value for name, kept in optimizer.items() for kind, value in kept.items()}
     files = {"model.safetensors": model, "optimizer.safetensors": moments}
     return {file: {name: plain(tensor) for name, tensor in tensors.items()} for file, tensors in files.items()}
 
 
-def _save(folder: Path, step: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
+) -> Path:
+    """Writes `folder/step-…` beside, syncs and renames it, then points `latest` at it and removes older ones.
+
+    One rank calls it. `state` is JSON. Raises `UserError` when the disk is full or cannot be written; the checkpoints
+    before it stay as they are.
+    """
     target = folder / f"step-{step:08d}"
     partial = target.with_name(target.name + ".partial")
     for stale in folder.glob("step-*.partial"):  # of a run that was killed while it saved

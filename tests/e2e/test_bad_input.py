@@ -16,7 +16,7 @@ import torch
 from clipdist import cli
 from clipdist.data.sets.writer import UNFINISHED
 from clipdist.errors import UserError, disk_errors
-from clipdist.train.checkpoint import newest_sound, read_checkpoint, save_checkpoint
+from clipdist.train.checkpoint import checkpoint_files, newest_sound, read_checkpoint, save_checkpoint
 from tests.conftest import TrainedRun
 
 # what, words of the command, words of the line that answers. In both, {recipe} is a sound recipe and {set} its shard
@@ -231,11 +231,11 @@ def largest_file(size: int) -> Iterator[None]:
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(large: str, tmp_path: Path) -> None:
     sizes = {"model": 10, "optimizer": 10, large: 100_000}
     small, big = torch.ones(10), torch.ones(sizes[large])
-    save_checkpoint(tmp_path, 1, {"w": small}, {"w": {"exp_avg": small}}, {}, keep=2)
+    save_checkpoint(tmp_path, 1, checkpoint_files({"w": small}, {"w": {"exp_avg": small}}), {}, keep=2)
     model = {"w": torch.ones(sizes["model"])}
     optimizer = {"w": {"exp_avg": torch.ones(sizes["optimizer"])}}
     with largest_file(50_000), pytest.raises(UserError) as caught:
-        save_checkpoint(tmp_path, 2, model, optimizer, {}, keep=2)
+        save_checkpoint(tmp_path, 2, checkpoint_files(model, optimizer), {}, keep=2)
     assert str(caught.value) == f"{tmp_path}: cannot be written (File too large); free some space and run it again"
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "latest"}, (
         "the torn one gives its space back"
@@ -243,7 +243,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(large: str, tmp_pa
     sound = newest_sound(tmp_path)
     assert sound is not None
     assert torch.equal(read_checkpoint(sound)[0]["w"], small)
-    assert save_checkpoint(tmp_path, 2, model, optimizer, {}, keep=2).name == "step-00000002"
+    assert save_checkpoint(tmp_path, 2, checkpoint_files(model, optimizer), {}, keep=2).name == "step-00000002"
     weights, moments, _ = read_checkpoint(tmp_path / "step-00000002")
     assert torch.equal({"model": weights["w"], "optimizer": moments["w"]["exp_avg"]}[large], big)
 
@@ -251,7 +251,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(large: str, tmp_pa
 def test_what_a_kill_left_of_a_checkpoint_is_cleared_away(tmp_path: Path) -> None:
     (tmp_path / "step-00000003.partial").mkdir()
     (tmp_path / "step-00000003.partial" / "model.safetensors").write_bytes(b"torn")
-    save_checkpoint(tmp_path, 4, {"w": torch.ones(1)}, {}, {}, keep=1)
+    save_checkpoint(tmp_path, 4, checkpoint_files({"w": torch.ones(1)}, {}), {}, keep=1)
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000004", "latest"}
 
 

@@ -18,6 +18,7 @@ from clipdist.train import checkpoint
 from clipdist.train.checkpoint import (
     CheckpointConfig,
     CheckpointSaver,
+    checkpoint_files,
     newest_sound,
     read_checkpoint,
     save_checkpoint,
@@ -42,9 +43,13 @@ def moments(model: torch.nn.Linear, optimizer: torch.optim.Optimizer) -> dict[st
     return {name: optimizer.state[getattr(model, name)] for name in NAMES}
 
 
+def files_of(model: torch.nn.Linear, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    return checkpoint_files(model.state_dict(), moments(model, optimizer))
+
+
 def save(folder: Path, step: int, keep: int = 2) -> Path:
     model, optimizer = stepped(float(step))
-    return save_checkpoint(folder, step, model.state_dict(), moments(model, optimizer), STATE, keep)
+    return save_checkpoint(folder, step, files_of(model, optimizer), STATE, keep)
 
 
 def names(folder: Path) -> list[str]:
@@ -59,7 +64,7 @@ def damage(path: Path, place: int = -5) -> None:
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     model, optimizer = stepped()
-    path = save_checkpoint(tmp_path / "c", 12, model.state_dict(), moments(model, optimizer), STATE, 2)
+    path = save_checkpoint(tmp_path / "c", 12, files_of(model, optimizer), STATE, 2)
     assert path == newest_sound(tmp_path / "c") == tmp_path / "c" / "step-00000012"
     weights, optimizer_state, state = read_checkpoint(path)
     assert state == {"step": 12, **STATE}

@@ -1,7 +1,7 @@
 """Both towers' features of a whole split, computed by all ranks together."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class Embeddings:
     bad: list[tuple[int, str, str]]  # number, key and reason of each unreadable sample
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: weights that a sharding engine gathers within it could not train afterwards
 def embed_split(
     model: DualEncoder,
     tokenizer: Tokenizer,
@@ -46,10 +46,12 @@ def embed_split(
     precision: torch.dtype = torch.float32,
     max_image_pixels: int = 50_000_000,
     quiet: bool = False,
+    in_step: bool = False,
 ) -> Embeddings:
     """Features of every readable sample exactly once, whatever the world size. All ranks call it; all get the answer.
 
-    The model is left in the mode it was in.
+    `in_step` says that each pass through a tower needs all ranks: those that are done take part with a blank row until
+    the last is. The model is left in the mode it was in.
     """
     who = world.connected()
     was_training, device = model.training, next(model.parameters()).device
@@ -60,7 +62,7 @@ def embed_split(
     loader = evaluation_loader(rows, rank=who.rank, world_size=who.world_size, workers=workers)
     shown = progress(loader, unit="batch", description=f"embedding {split.name}", quiet=quiet or not who.is_main)
     with torch.autocast(device.type, precision, enabled=precision != torch.float32), worker_errors():
-        local = _embed_pieces(model, tokenizer, shown, device)
+        local = _embed_pieces(model, tokenizer, shown, device, in_step)
     model.train(was_training)
     embeddings = _join(world.gather_objects(local), model.config.width)
     if who.is_main:
@@ -70,34 +72,54 @@ def embed_split(
 
 
 def _embed_pieces(
-    model: DualEncoder, tokenizer: Tokenizer, pieces: Iterable[EvalPiece | UserError], device: torch.device
+    model: DualEncoder,
+    tokenizer: Tokenizer,
+    pieces: Iterable[EvalPiece | UserError],
+    device: torch.device,
+    in_step: bool,
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {name: [] for name in ("image", "text", "owners", "numbers", "samples", "bad")}
-    waiting: list[list[int]] = []
-    for piece in pieces:
-        if isinstance(piece, UserError):
-            raise piece
-        found["bad"] += piece.bad
-        if piece.numbers:
-            found["image"].append(model.encode_image(piece.images_n3HW.to(device)).cpu())
-            found["numbers"] += piece.numbers
-            found["samples"] += [(sample.key, sample.texts, sample.fields) for sample in piece.samples]
-            found["owners"] += piece.owners
-            waiting += piece.token_ids
-        while len(waiting) >= TEXT_ROWS:
-            found["text"].append(_encode(model, tokenizer, waiting[:TEXT_ROWS], device))
-            waiting = waiting[TEXT_ROWS:]
-    if waiting:
-        found["text"].append(_encode(model, tokenizer, waiting, device))
-    for name in ("image", "text"):
-        parts = found[name]
-        found[name] = torch.cat(parts).float().numpy() if parts else np.zeros((0, model.config.width), np.float32)
+    found: dict[str, Any] = {name: [] for name in ("owners", "numbers", "samples", "bad")}
+    captions: list[list[int]] = []
+
+    def images() -> Iterator[torch.Tensor]:
+        for piece in pieces:
+            if isinstance(piece, UserError):
+                raise piece
+            found["bad"] += piece.bad
+            if piece.numbers:
+                found["numbers"] += piece.numbers
+                found["samples"] += [(sample.key, sample.texts, sample.fields) for sample in piece.samples]
+                found["owners"] += piece.owners
+                captions.extend(piece.token_ids)
+                yield piece.images_n3HW
+
+    def encode_text(ids: list[list[int]]) -> torch.Tensor:
+        tokens, mask = tokenizer.pad(ids)
+        return model.encode_text(tokens.to(device), mask.to(device))
+
+    side = model.image.side
+    blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    parts = {"image": _encode(lambda x: model.encode_image(x.to(device)), images(), blank, device, in_step)}
+    texts = (captions[start : start + TEXT_ROWS] for start in range(0, len(captions), TEXT_ROWS))
+    parts["text"] = _encode(encode_text, texts, [[tokenizer.pad_id]], device, in_step)
+    for name, made in parts.items():
+        found[name] = torch.cat(made).float().numpy() if made else np.zeros((0, model.config.width), np.float32)
     return found
 
 
-def _encode(model: DualEncoder, tokenizer: Tokenizer, ids: list[list[int]], device: torch.device) -> torch.Tensor:
-    tokens, mask = tokenizer.pad(ids)
-    return model.encode_text(tokens.to(device), mask.to(device)).cpu()
+def _encode(
+    encode: Callable[[Any], torch.Tensor], items: Iterator[Any], blank: Any, device: torch.device, in_step: bool
+) -> list[torch.Tensor]:
+    """`encode` of each item, on the CPU; `in_step` with the other ranks, which may have more items or fewer."""
+    found: list[torch.Tensor] = []
+    while True:
+        item = next(items, None)
+        more = torch.tensor([item is not None], dtype=torch.int64, device=device)
+        if not (world.max_over_ranks(more) if in_step else more):
+            return found
+        made = encode(blank if item is None else item)
+        if item is not None:
+            found.append(made.cpu())
 
 
 def _join(parts: list[dict[str, Any]], width: int) -> Embeddings:

@@ -1,7 +1,9 @@
 """From a configuration, or from a saved folder, to a model and its tokenizer."""
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -71,3 +73,15 @@ def settle_batch_norm(model: DualEncoder, device: torch.device, ranks: int, micr
         )
     model.image.model = convert_sync_batchnorm(model.image.model)
     return model
+
+
+def copy_of_shape(model: DualEncoder, device: torch.device) -> DualEncoder:
+    """The same modules and buffers, with parameters on `device` that are zero."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=device), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
+    copied: DualEncoder = copy.deepcopy(model, memo)
+    return copied

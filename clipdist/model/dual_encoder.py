@@ -72,12 +72,17 @@ class Temperature(nn.Module):
         self.bias = None if config.bias is None else nn.Parameter(torch.tensor([float(config.bias)]))
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
-        return self.log_scale.exp(), self.bias
+        # Not the parameter itself: a sharding engine lets its memory go when this returns.
+        return self.log_scale.exp(), None if self.bias is None else self.bias.clone()
 
     @torch.no_grad()
     def clamp(self) -> None:
         """Puts a learned temperature back between its bounds; called after each optimiser step."""
-        self.log_scale.clamp_(-math.log(self.config.maximum), -math.log(self.config.minimum))
+        self.log_scale.clamp_(*self.bounds())
+
+    def bounds(self) -> tuple[float, float]:
+        """Of the logarithm of the scale."""
+        return -math.log(self.config.maximum), -math.log(self.config.minimum)
 
 
 def projection(config: ProjectionConfig, width_in: int, width_out: int) -> nn.Sequential:

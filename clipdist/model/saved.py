@@ -42,17 +42,25 @@ ImageLike = Image.Image | str | Path | bytes
 
 
 def save_model(
-    folder: Path, model: DualEncoder, tokenizer: Tokenizer, *, scores: dict[str, Any], about: dict[str, Any]
+    folder: Path,
+    model: DualEncoder,
+    tokenizer: Tokenizer,
+    *,
+    scores: dict[str, Any],
+    about: dict[str, Any],
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Writes the folder whole or not at all, replacing what was there. `about` says what it was trained on.
+    """Writes the folder whole or not at all, replacing what was there. `about` says what it was trained on; `weights`
+    is the model's state when what `model` itself holds of it is only a part.
 
     Raises `UserError` when the disk is full or cannot be written.
     """
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
+    weights = model.state_dict() if weights is None else weights
     with disk_errors(folder):
-        _write(partial, model, tokenizer, scores, about)
+        _write(partial, model, weights, tokenizer, scores, about)
         if folder.exists():
             os.replace(folder, old)
         os.replace(partial, folder)
@@ -61,7 +69,12 @@ def save_model(
 
 
 def _write(
-    partial: Path, model: DualEncoder, tokenizer: Tokenizer, scores: dict[str, Any], about: dict[str, Any]
+    partial: Path,
+    model: DualEncoder,
+    weights: dict[str, torch.Tensor],
+    tokenizer: Tokenizer,
+    scores: dict[str, Any],
+    about: dict[str, Any],
 ) -> None:
     partial.mkdir(parents=True)
     body = {
@@ -79,7 +92,7 @@ def _write(
     }
     (partial / "model.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     (partial / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-    save_file({name: plain(tensor) for name, tensor in model.state_dict().items()}, partial / "model.safetensors")
+    save_file({name: plain(tensor) for name, tensor in weights.items()}, partial / "model.safetensors")
     model.text.hf_config.save_pretrained(partial / "text_config")
     tokenizer.save(partial / "tokenizer")
     for path in partial.rglob("*"):

@@ -12,6 +12,7 @@ from clipdist.loss import ContrastiveLoss
 from clipdist.model.freeze import StageConfig
 from clipdist.settings import settings
 from clipdist.train.engine import Precision
+from clipdist.train.launched import check_engine
 from clipdist.train.validate import MONITORS
 
 if TYPE_CHECKING:
@@ -73,3 +74,4 @@ def check(config: "RunConfig") -> None:
     if "/" in config.name or config.name in ("", ".", ".."):
         raise UserError(f"name={config.name!r}: expected a plain folder name")
     ContrastiveLoss(**asdict(config.loss))
+    check_engine(config)

@@ -14,14 +14,11 @@ gradients of both sides, are 3 · 2·B²·D; over W ranks each does 6·b·B·D. 
 between ranks on both of them (8 to 12 instead of 6), which by the same token does not count.
 """
 
-import copy
-from typing import Any
-
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from clipdist.model.build import copy_of_shape
 from clipdist.model.dual_encoder import DualEncoder
 from clipdist.model.freeze import StageConfig, apply_stage
 
@@ -35,7 +32,7 @@ class FlopCount:
 
     def __init__(self, model: DualEncoder, unused: frozenset[str]) -> None:
         """`unused` names the parameters that never reach the output."""
-        self._model, self._unused = _copy(model, torch.device("meta")), unused
+        self._model, self._unused = copy_of_shape(model, torch.device("meta")), unused
 
     def of_a_step(self, stage: StageConfig, tokens: int, global_batch: int) -> float:
         """Operations of one step over the global batch, whose captions are padded to `tokens`; a multiplication and
@@ -44,7 +41,7 @@ class FlopCount:
 
     def of_a_pair(self, stage: StageConfig, tokens: int) -> float:
         """Operations of both towers, forward and backward, for one pair."""
-        model = _copy(self._model, torch.device("cpu"))
+        model = copy_of_shape(self._model, torch.device("cpu"))
         apply_stage(model, stage, self._unused)
         model.train()
         for module in model.modules():
@@ -67,15 +64,3 @@ class FlopCount:
 def loss_flops(global_batch: int, width: int) -> float:
     """Operations of the contrastive loss and its gradients over the global batch, by formula: 6·B²·D."""
     return 6.0 * global_batch**2 * width
-
-
-def _copy(model: DualEncoder, device: torch.device) -> DualEncoder:
-    """The same modules and buffers, with parameters on `device` that are zero."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=device), requires_grad=p.requires_grad)
-        for p in model.parameters()
-    }
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
-    copied: DualEncoder = copy.deepcopy(model, memo)
-    return copied

@@ -39,9 +39,8 @@ def build_optimizer(model: DualEncoder, config: OptimConfig) -> torch.optim.Adam
     scales = {"image": config.image_lr_scale, "text": config.text_lr_scale}
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        part = name.split(".")[0]
-        decays = parameter.ndim >= 2 and part != "temperature"
-        groups.setdefault((part if part in scales else "head", decays), []).append(parameter)
+        decays = parameter.ndim >= 2 and not name.startswith("temperature.")
+        groups.setdefault((part_of(name), decays), []).append(parameter)
     return torch.optim.AdamW(
         [
             {
@@ -109,13 +108,18 @@ class Schedule:
         self.plateau_factor, self.best, self.waited = state["plateau_factor"], state["best"], state["waited"]
 
 
+def part_of(name: str) -> str:
+    """Of a parameter's name: `image`, `text`, or `head`, which is projections and temperature."""
+    part = name.split(".")[0]
+    return part if part in ("image", "text") else "head"
+
+
 def gradient_norms(model: DualEncoder) -> dict[str, float]:
     """L2 norm of the gradient of each part: image, text, and head (projections and temperature)."""
     parts: dict[str, list[torch.Tensor]] = {"image": [], "text": [], "head": []}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            part = name.split(".")[0]
-            parts[part if part in parts else "head"].append(parameter.grad)
+            parts[part_of(name)].append(parameter.grad)
     return {part: float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0 for part, grads in parts.items()}
 
 

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 def _folder_of_its_own(config: "RunConfig") -> Iterator["RunConfig"]:
     """The recipe, which now trains into a new folder below its `runs`, which all nodes see; rank 0 removes it."""
     from clipdist.train.config import check
-    from clipdist.train.engine import make_accelerator
+    from clipdist.train.launched import make_accelerator
 
     check(config)
     make_accelerator(config.train.precision)  # joins the ranks, which have to agree on a folder

@@ -34,8 +34,9 @@ from clipdist.model.saved import save_model
 from clipdist.train.checkpoint import CheckpointSaver, read_checkpoint
 from clipdist.train.config import check
 from clipdist.train.ema import WeightAverage, split_averages
-from clipdist.train.engine import Engine, Inputs, ReplicatedEngine, make_accelerator
+from clipdist.train.engine import Engine, Inputs
 from clipdist.train.flops import FlopCount
+from clipdist.train.launched import make_accelerator, make_engine
 from clipdist.train.metrics import MetricsWriter, arithmetic, communication, device_peak, memory
 from clipdist.train.micro_batch import choose_micro_batch, out_of_memory
 from clipdist.train.optim import Schedule, moving_statistics
@@ -122,34 +123,39 @@ class Trainer:
 
     def _build(self) -> None:
         config = self.config
-        self.model: DualEncoder = build_model(config.model, self.tokenizer, config.seed).to(self.device)
-        self.unused = unused_parameters(self.model)
+        model = build_model(config.model, self.tokenizer, config.seed).to(self.device)
+        self.unused = unused_parameters(model)
         self.temperature_learns = config.model.temperature.learned
-        self.flop_count = FlopCount(self.model, self.unused)
+        self.flop_count = FlopCount(model, self.unused)
         self.step_flops: float | None = None
         rows = config.train.global_batch // self.world.world_size
-        self.micro_batch = self._micro_batch(rows)
-        self.model = settle_batch_norm(self.model, self.device, self.world.world_size, rows // self.micro_batch)
+        self.micro_batch = self._micro_batch(model, rows)
+        model = settle_batch_norm(model, self.device, self.world.world_size, rows // self.micro_batch)
         if config.train.compile:
-            self.model.image.compile()
-            self.model.text.compile()
-        self.criterion = ContrastiveLoss(**asdict(config.loss))
-        self.engine: Engine = ReplicatedEngine(self.accelerator, self.model, config.optim)
-        self.average = WeightAverage(self.model, config.train.ema) if config.train.ema else None
+            model.image.compile()
+            model.text.compile()
         self.parameters = {
-            "image tower": sum(p.numel() for p in self.model.image.parameters()),
-            "text tower": sum(p.numel() for p in self.model.text.parameters()),
-            "total": sum(p.numel() for p in self.model.parameters()),
+            "image tower": sum(p.numel() for p in model.image.parameters()),
+            "text tower": sum(p.numel() for p in model.text.parameters()),
+            "total": sum(p.numel() for p in model.parameters()),
         }
+        self.criterion = ContrastiveLoss(**asdict(config.loss))
+        self.engine: Engine = make_engine(self.accelerator, model, config)
+        self.average = WeightAverage(self.engine, config.train.ema) if config.train.ema else None
         self.stage: StageConfig | None = None
 
-    def _micro_batch(self, rows: int) -> int:
+    @property
+    def model(self) -> DualEncoder:
+        """What computes now; its parameters may be in parts, one on each rank."""
+        return self.engine.model
+
+    def _micro_batch(self, model: DualEncoder, rows: int) -> int:
         """Of this rank's `rows`, how many are embedded at a time."""
         config = self.config
         self.micro_batch_choice: dict[str, Any] = {"micro_batch": config.train.micro_batch or rows}
         if config.train.micro_batch == "auto":
             choice = choose_micro_batch(
-                self.model,
+                model,
                 self.unused,
                 config.train.stages,
                 rows=rows,
@@ -239,7 +245,7 @@ class Trainer:
             finite = math.isfinite(total) and math.isfinite(gradient.loss)
             self.engine.update(total, self.config.train.max_grad_norm, finite)
         if self.temperature_learns:
-            self.model.temperature.clamp()
+            self.engine.clamp_temperature()
         if self.average and finite:
             self.average.update()
             self.progress.averaged_steps = self.average.steps
@@ -390,17 +396,19 @@ class Trainer:
             precision=PRECISIONS[config.train.precision],
             max_image_pixels=config.data.max_image_pixels,
             quiet=True,
+            in_step=self.engine.needs_all_ranks,
         )
         values: dict[str, float] = {}
+        scores: dict[str, Any] = {}
+        scale, bias = self.engine.temperature()
         if self.writer:
-            scale, bias = self.model.temperature()
             outcome = validate(
                 embeddings,
                 self.val_split,
                 groups=config.data.groups,
                 kind=config.loss.kind,
-                scale=float(scale.detach()),
-                bias=None if bias is None else float(bias.detach()),
+                scale=scale,
+                bias=bias,
                 loss_rows=config.train.global_batch,
                 panels=config.evaluate.panels,
                 max_pixels=config.data.max_image_pixels,
@@ -411,9 +419,10 @@ class Trainer:
             self.writer.histogram("val/cosines_of_pairs", outcome.pair_cosines_M, step)
             if outcome.panel is not None:
                 self.writer.image("val/retrieval", outcome.panel, step)
-            if self._improves(values):
-                self.keep_model({"val": {**outcome.scores.to_dict(), **self.described(config.data.val_split)}})
+            scores = {"val": {**outcome.scores.to_dict(), **self.described(config.data.val_split)}}
         told = world.broadcast_object(values)
+        if self._improves(told):
+            self.keep_model(scores)
         return told, self._note_validation(told)
 
     def _improves(self, values: dict[str, float]) -> bool:
@@ -450,12 +459,12 @@ class Trainer:
 
     def leave_results(self) -> None:
         """Leaves the finished model, the table of hyper-parameters and the report."""
+        if self.val_split is None:
+            self.keep_model({})
         if self.writer:
             from clipdist.config import flat
             from clipdist.evaluate.report import write_report
 
-            if self.val_split is None:
-                self.keep_model({})
             best = {} if self.progress.best is None else {self.config.evaluate.monitor: self.progress.best}
             self.writer.hyper_parameters(flat(self.config), best)
             path = write_report(self.folder.path)
@@ -472,7 +481,11 @@ class Trainer:
         self.accelerator.end_training()
 
     def keep_model(self, scores: dict[str, Any]) -> None:
-        """Writes the current weights as the run's finished model; rank 0 calls it."""
+        """Writes the current weights as the run's finished model. All ranks call it, rank 0 writes."""
+        weights = self.engine.weights()
+        if not self.world.is_main:
+            return
+        folder = self.folder.path / "model"
         about = {
             **self.described(self.config.data.train_split),
             "epoch": self.progress.step / self.order.steps_per_epoch,
@@ -480,4 +493,4 @@ class Trainer:
             "license": self.data.license,
             "notes": self.data.notes,
         }
-        save_model(self.folder.path / "model", self.model, self.tokenizer, scores=scores, about=about)
+        save_model(folder, self.model, self.tokenizer, scores=scores, about=about, weights=weights)

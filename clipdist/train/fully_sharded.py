@@ -1,0 +1,207 @@
+"""Weights, gradients and optimiser state in parts, one on each rank: torch's fully sharded data parallelism (FSDP2).
+
+A block's weights are gathered when a pass comes to it, and let go after it. The maths is that of replicas: float32
+weights, and the same autocast around them. What is sent in half precision is the gathered weights, which autocast would
+round to it anyway (for norms and embeddings, which it would not, this rounds by 2⁻⁹ more).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from posixpath import commonpath
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from clipdist import world
+from clipdist.model.dual_encoder import DualEncoder, Encoded
+from clipdist.model.towers import ImageTower, TextTower
+from clipdist.train.engine import Engine, Inputs, OptimizerState
+from clipdist.train.optim import OptimConfig, build_optimizer, part_of
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ShardingOptions:
+    """What a launcher's FSDP section says."""
+
+    reshard_after_forward: bool = True
+    """Lets a block's weights go after the forward pass and gathers them again for the backward pass."""
+    offload_to_cpu: bool = False
+    """Weights, gradients and optimiser state live in the CPU's memory, where the optimiser's step is then computed."""
+
+
+class FullyShardedEngine(Engine):
+    needs_all_ranks = True
+
+    def __init__(
+        self, accelerator: Accelerator, model: DualEncoder, optim: OptimConfig, options: ShardingOptions
+    ) -> None:
+        super().__init__(accelerator, model, optim)
+        self._mesh = init_device_mesh(accelerator.device.type, (world.connected().world_size,))
+        self._options = options
+        self._half = HALF.get(accelerator.mixed_precision)
+        self._shard()
+        self.optimizer = build_optimizer(model, optim)
+        self._gathers, self._gathers_in_step = 0, 0
+
+    def _shard(self) -> None:
+        offload = CPUOffloadPolicy() if self._options.offload_to_cpu else OffloadPolicy()
+        common: dict[str, Any] = {
+            "mesh": self._mesh,
+            "offload_policy": offload,
+            "reshard_after_forward": self._options.reshard_after_forward,
+        }
+        # Inputs stay as autocast makes them: cast here, the residual stream would lose bits that replicas keep.
+        policy = MixedPrecisionPolicy(self._half, torch.float32, cast_forward_inputs=False)
+        model = self.model
+        for tower in (model.image, model.text):
+            for unit in units(tower):
+                fully_shard(unit, mp_policy=policy, **common)
+            fully_shard(tower, mp_policy=policy, **common)
+        # In bfloat16 the logarithm of a scale of 100 would move in steps of 3 %.
+        fully_shard(model.temperature, mp_policy=MixedPrecisionPolicy(), **common)
+        fully_shard(model, mp_policy=policy, **common)
+        for method in ("encode_image", "encode_text"):
+            register_fsdp_forward_method(model, method)
+
+    def enter_stage(self) -> None:
+        """Nothing to do: sharded parameters hand their `requires_grad` on when they are gathered."""
+
+    def forward(self, inputs: Inputs) -> Encoded:
+        self._gathers += 1
+        with self.accelerator.autocast():
+            encoded: Encoded = self.model(*inputs)
+        return encoded
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        root: Any = self.model
+        root.set_requires_gradient_sync(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        self._gathers += self._options.reshard_after_forward
+        self.accelerator.backward(loss)
+
+    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(parameter's name, this rank's part of its gradient)"""
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                yield name, local(parameter.grad)
+
+    def gradient_norms(self) -> dict[str, float]:
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        parts: dict[str, list[Tensor]] = {"image": [], "text": [], "head": []}
+        for name, gradient in self._gradients():
+            parts[part_of(name)].append(gradient)
+        device = self.accelerator.device
+        squares = torch.stack(
+            [
+                torch.nn.utils.get_total_norm(own).to(device).square() if own else torch.zeros((), device=device)
+                for own in parts.values()
+            ]
+        )
+        totals = world.sum_over_ranks(squares, "norms").sqrt().tolist()
+        return dict(zip(parts, totals, strict=True))
+
+    def update(self, total_norm: float, max_norm: float, finite: bool) -> None:
+        if finite and max_norm and total_norm > max_norm:
+            own = [gradient for _, gradient in self._gradients()]
+            torch._foreach_mul_(own, max_norm / (total_norm + 1e-6))
+        if self.scaler is not None:  # it passes over a step that is not finite by itself, and must hear of it
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._gathers_in_step, self._gathers = self._gathers, 0
+
+    def gradient_bytes(self) -> float:
+        others = (self._mesh.size() - 1) / self._mesh.size()
+        parameters = list(self.model.parameters())
+        gathered = sum(p.numel() * (self._half or p.dtype).itemsize for p in parameters)
+        reduced = sum(p.numel() * torch.float32.itemsize for p in parameters if p.requires_grad)
+        return others * (gathered * self._gathers_in_step + reduced)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def whole(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for name, part in parts.items():  # one at a time: together they are what no rank has room for
+            tensor = part.detach()
+            if isinstance(tensor, DTensor):
+                sharded: Any = tensor.to(self.accelerator.device)
+                tensor = sharded.full_tensor()
+            if self.accelerator.is_main_process:
+                found[name] = tensor.cpu()
+        return found
+
+    @torch.no_grad()
+    def fill(self, part: Tensor, whole: Tensor) -> None:
+        if isinstance(part, DTensor):
+            whole = whole.to(self._mesh.device_type)
+            whole = local(distribute_tensor(whole, self._mesh, part.placements, src_data_rank=None))
+        local(part).copy_(whole)
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.whole(self.model.state_dict())
+
+    def optimizer_state(self) -> OptimizerState:
+        found: OptimizerState = {}
+        for name, parameter in self.model.named_parameters():
+            if kept := self.optimizer.state.get(parameter):
+                found[name] = self.whole(kept)
+        return found if self.accelerator.is_main_process else {}
+
+    def load(self, weights: dict[str, Tensor], optimizer: OptimizerState) -> None:
+        own = self.model.state_dict()
+        assert own.keys() == weights.keys(), "a checkpoint of another model"
+        for name, part in own.items():
+            self.fill(part, weights[name])
+        for name, parameter in self.model.named_parameters():
+            if name in optimizer:
+                self.optimizer.state[parameter] = {
+                    kind: self._part_of_state(parameter, value) for kind, value in optimizer[name].items()
+                }
+
+    def _part_of_state(self, parameter: Tensor, value: Tensor) -> Tensor:
+        if not value.ndim:  # the step's number
+            return value.to(local(parameter).device, copy=True)
+        part = torch.zeros_like(parameter, requires_grad=False)
+        self.fill(part, value)
+        return part
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def units(tower: ImageTower | TextTower) -> list[nn.Module]:
+    """The modules that are gathered one after the other, inner ones first: for each of the tower's blocks, the smallest
+    module that holds all of it. Blocks that nothing smaller than the tower holds, or a mere list, are the tower's own.
+    """
+    found: dict[str, nn.Module] = {}
+    for names in tower.blocks():
+        path = commonpath([name.rpartition(".")[0].replace(".", "/") for name in names]).replace("/", ".")
+        module = tower.get_submodule(path)
+        if path.count(".") and not isinstance(module, nn.ModuleList | nn.ModuleDict | FSDPModule):
+            found[path] = module
+    return [found[path] for path in sorted(found, key=lambda path: -path.count("."))]

@@ -71,6 +71,8 @@ def check(config: "RunConfig") -> None:
         raise UserError(f"evaluate.monitor={config.evaluate.monitor!r}, expected one of {', '.join(MONITORS)}")
     if config.loss.kind == "sigmoid" and config.model.temperature.bias is None:
         raise UserError("loss.kind=sigmoid needs a logit bias: set model.temperature.bias=-10")
+    if config.loss.kind == "infonce" and config.model.temperature.bias is not None:
+        raise UserError("loss.kind=infonce has no logit bias, it would cancel out: leave model.temperature.bias away")
     if "/" in config.name or config.name in ("", ".", ".."):
         raise UserError(f"name={config.name!r}: expected a plain folder name")
     ContrastiveLoss(**asdict(config.loss))

@@ -49,6 +49,8 @@ class Engine(ABC):
     `model` is what computes now; a change of stage may put another object there.
     """
 
+    name = "replicas"
+    """What the run's environment calls it."""
     needs_all_ranks = False
     """Whether each pass through a tower is a collective, in which all ranks must take part."""
 

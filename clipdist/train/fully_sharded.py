@@ -24,6 +24,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 
 from clipdist import world
 from clipdist.model.dual_encoder import DualEncoder, Encoded
@@ -45,6 +46,7 @@ class ShardingOptions:
 
 
 class FullyShardedEngine(Engine):
+    name = "FSDP2"
     needs_all_ranks = True
 
     def __init__(
@@ -68,13 +70,13 @@ class FullyShardedEngine(Engine):
         # Inputs stay as autocast makes them: cast here, the residual stream would lose bits that replicas keep.
         policy = MixedPrecisionPolicy(self._half, torch.float32, cast_forward_inputs=False)
         model = self.model
-        for tower in (model.image, model.text):
-            for unit in units(tower):
-                fully_shard(unit, mp_policy=policy, **common)
-            fully_shard(tower, mp_policy=policy, **common)
+        towers = [*units(model.image), model.image, *units(model.text), model.text]
+        for unit in (*towers, model.image_projection, model.text_projection):
+            unit.register_forward_hook(own_memory)
+            fully_shard(unit, mp_policy=policy, **common)
         # In bfloat16 the logarithm of a scale of 100 would move in steps of 3 %.
         fully_shard(model.temperature, mp_policy=MixedPrecisionPolicy(), **common)
-        fully_shard(model, mp_policy=policy, **common)
+        fully_shard(model, **common)  # it has no parameters of its own; a pass of any kind must begin with it
         for method in ("encode_image", "encode_text"):
             register_fsdp_forward_method(model, method)
 
@@ -187,6 +189,12 @@ class FullyShardedEngine(Engine):
         part = torch.zeros_like(parameter, requires_grad=False)
         self.fill(part, value)
         return part
+
+
+def own_memory(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """A copy of each output that is a view: whoever changes a view in place drops the hook by which FSDP2 gathers the
+    module's weights for the backward pass."""
+    return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor._is_view() else tensor, outputs)
 
 
 def local(tensor: Tensor) -> Tensor:

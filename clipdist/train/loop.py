@@ -29,10 +29,11 @@ def train(config: "RunConfig") -> int:
     if progress.finished:
         say(trainer, f"{trainer.folder.path} is finished: step {progress.step:,}, nothing to do")
         return FINISHED
+    engine = f" ({trainer.engine.name})" if trainer.world.world_size > 1 else ""
     say(
         trainer,
         f"{trainer.folder.path}: {trainer.total_steps:,} steps of {trainer.order.global_batch} pairs, "
-        f"{per_epoch:,} per epoch, processes: {trainer.world.world_size}, from step {progress.step:,}",
+        f"{per_epoch:,} per epoch, processes: {trainer.world.world_size}{engine}, from step {progress.step:,}",
     )
     if progress.step == trainer.total_steps:  # the recipe now ends where an earlier one went on
         progress.finished = True

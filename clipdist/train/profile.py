@@ -104,6 +104,7 @@ def observed(trainer: Trainer, watch: Stopwatch) -> Iterator[None]:
         (engine, "gradient_norms", "optimiser"),
         (engine, "update", "optimiser"),
     ]
+    before = [vars(owner).get(name) for owner, name, _ in places]
     for owner, name, part in places:
         setattr(owner, name, watch.timed(part, getattr(owner, name)))
     trainer.criterion = watch.timed("loss", criterion)  # type: ignore[assignment]
@@ -111,8 +112,11 @@ def observed(trainer: Trainer, watch: Stopwatch) -> Iterator[None]:
         yield
     finally:
         trainer.criterion = criterion
-        for owner, name, _ in places:
-            delattr(owner, name)  # the method of its class shows again
+        for (owner, name, _), own in zip(places, before, strict=True):
+            if own is None:
+                delattr(owner, name)  # the method of its class shows again
+            else:
+                setattr(owner, name, own)  # an engine's
 
 
 def measure(trainer: Trainer, steps: int, trace: Path | None = None) -> list[Profile]:

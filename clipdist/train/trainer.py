@@ -29,7 +29,7 @@ from clipdist.evaluate.embed import embed_split
 from clipdist.loss import ContrastiveLoss
 from clipdist.model.build import build_model, build_tokenizer, settle_batch_norm
 from clipdist.model.dual_encoder import DualEncoder
-from clipdist.model.freeze import StageConfig, apply_stage, stage_of, trainable_count, unused_parameters
+from clipdist.model.freeze import StageConfig, apply_stage, stage_of, unused_parameters
 from clipdist.model.saved import save_model
 from clipdist.train.checkpoint import CheckpointSaver, read_checkpoint
 from clipdist.train.config import check
@@ -39,7 +39,7 @@ from clipdist.train.flops import FlopCount
 from clipdist.train.launched import make_accelerator, make_engine
 from clipdist.train.metrics import MetricsWriter, arithmetic, communication, device_peak, memory
 from clipdist.train.micro_batch import choose_micro_batch, out_of_memory
-from clipdist.train.optim import Schedule, moving_statistics
+from clipdist.train.optim import Schedule, moving_statistics, part_of
 from clipdist.train.run_folder import RunFolder, open_run, write_environment
 from clipdist.train.step import compute_gradient
 from clipdist.train.validate import MONITORS, validate
@@ -100,7 +100,7 @@ class Trainer:
         self.progress = Progress()
         if self.folder.checkpoint:
             self._restore()
-        start = {"step": self.progress.step, **self.micro_batch_choice}
+        start = {"step": self.progress.step, "engine": self.engine.name, **self.micro_batch_choice}
         write_environment(self.folder.path, self.data, self.world, self.device, self.parameters, start)
         self.writer = self.saver = None
         if self.world.is_main:
@@ -134,11 +134,10 @@ class Trainer:
         if config.train.compile:
             model.image.compile()
             model.text.compile()
-        self.parameters = {
-            "image tower": sum(p.numel() for p in model.image.parameters()),
-            "text tower": sum(p.numel() for p in model.text.parameters()),
-            "total": sum(p.numel() for p in model.parameters()),
-        }
+        self.sizes = {name: p.numel() for name, p in model.named_parameters()}
+        towers = {part: sum(n for name, n in self.sizes.items() if part_of(name) == part) for part in ("image", "text")}
+        self.parameters = {f"{part} tower": size for part, size in towers.items()}
+        self.parameters["total"] = sum(self.sizes.values())
         self.criterion = ContrastiveLoss(**asdict(config.loss))
         self.engine: Engine = make_engine(self.accelerator, model, config)
         self.average = WeightAverage(self.engine, config.train.ema) if config.train.ema else None
@@ -183,7 +182,7 @@ class Trainer:
                 epoch,
                 stage.image,
                 stage.text,
-                f"{trainable_count(self.model):,}",
+                f"{sum(self.sizes[name] for name, p in self.model.named_parameters() if p.requires_grad):,}",
                 f"{self.parameters['total']:,}",
             )
 

@@ -8,6 +8,7 @@ what the recipe decides is `auto`.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ from clipdist.train.optim import OptimConfig, build_optimizer
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@dataclass
+class Passes:
+    forward: int = 0
+    backward: int = 0
+
+
 class ZeroEngine(Engine):
     def __init__(
         self, accelerator: Accelerator, model: DualEncoder, optim: OptimConfig, config: dict[str, Any]
@@ -30,12 +37,14 @@ class ZeroEngine(Engine):
         super().__init__(accelerator, model, optim)
         self._config = config
         self._stage = int(config["zero_optimization"]["stage"])
+        self.name = f"ZeRO {self._stage}"
         self.needs_all_ranks = self._stage == 3
         self._template = copy_of_shape(model, torch.device("meta"))
         self._deepspeed: Any = None
         self._resting: OptimizerState = {}  # what the optimiser has gathered of parameters that do not train now
         self._names: dict[nn.Parameter, str] = {}
-        self._gathers, self._gathers_in_step = 0, 0
+        self._passes = Passes()
+        self._passes_in_step = Passes()
 
     def enter_stage(self) -> None:
         """DeepSpeed fixes at its start what trains. Another stage starts another, with a new copy of the model and all
@@ -94,7 +103,7 @@ class ZeroEngine(Engine):
         return self._deepspeed.optimizer
 
     def forward(self, inputs: Inputs) -> Encoded:
-        self._gathers += 1
+        self._passes.forward += 1
         encoded: Encoded = self._deepspeed(*inputs)
         return encoded
 
@@ -104,7 +113,7 @@ class ZeroEngine(Engine):
         yield
 
     def backward(self, loss: Tensor) -> None:
-        self._gathers += 1
+        self._passes.backward += 1
         self._deepspeed.backward(loss)
 
     def gradient_norms(self) -> dict[str, float]:
@@ -143,7 +152,7 @@ class ZeroEngine(Engine):
                 self._deepspeed.step()
             finally:
                 delattr(zero, name)  # the method of its class shows again
-        self._gathers_in_step, self._gathers = self._gathers, 0
+        self._passes_in_step, self._passes = self._passes, Passes()
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
@@ -154,12 +163,9 @@ class ZeroEngine(Engine):
         clamped = min(max(value, lowest), highest)
         if clamped == value:
             return
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        whole = torch.full_like(parameter, clamped) if self._stage < 3 else torch.tensor([clamped]).to(parameter.device)
         with self._gathered([parameter], written_by=0):
             parameter.fill_(clamped)
-        safe_set_full_fp32_param(parameter, whole)
+        self._put(parameter, torch.tensor([clamped]))
 
     def temperature(self) -> tuple[float, float | None]:
         temperature = self.model.temperature
@@ -183,9 +189,12 @@ class ZeroEngine(Engine):
         others = (size - 1) / size
         everything = [(getattr(p, "ds_numel", p.numel()) * p.element_size(), p.requires_grad) for p in self._names]
         trained = sum(amount for amount, trains in everything if trains)
+        passes = self._passes_in_step
+        # Gradients go to their owners: from stage 2 on with each backward pass, since nobody has room for all of them.
+        reduced = trained * (passes.backward if self._stage > 1 else 1)
         if self._stage < 3:
-            return others * 2 * trained  # gradients to their owners, and the updated weights from them
-        return others * (sum(amount for amount, _ in everything) * self._gathers_in_step + trained)
+            return others * (reduced + trained)  # and the updated weights come back
+        return others * (sum(amount for amount, _ in everything) * (passes.forward + passes.backward) + reduced)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -237,8 +246,6 @@ class ZeroEngine(Engine):
     def _put_state(self, state: OptimizerState) -> None:
         """Every parameter gets a state, new ones one of zeros: DeepSpeed looks at what there is in the first step, when
         torch has made that of the first group alone."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         steps = {self._group_of[name]: kept["step"] for name, kept in state.items()}
         for number, flat in self._flat_parts():
             step = steps.get(number, torch.tensor(0.0)).to(flat.device, torch.float32, copy=True)
@@ -247,7 +254,22 @@ class ZeroEngine(Engine):
             self._zero._lazy_init_hp_params_optimizer_state()
         for parameter, name in self._names.items():
             for kind in MOMENTS if name in state else ():
-                safe_set_full_optimizer_state(parameter, state[name][kind].to(self.accelerator.device), kind)
+                self._put(parameter, state[name][kind], kind)
+
+    def _put(self, parameter: nn.Parameter, whole: Tensor, kind: str | None = None) -> None:
+        """Writes this rank's part of a moment, or, without a kind, of the weights that the optimiser steps."""
+        from deepspeed import utils
+
+        part, span = whole.to(self.accelerator.device).flatten(), "full"
+        if self._stage == 3:
+            # The setter of whole tensors fails where the last rank's part is filled up.
+            span, size = "local", getattr(parameter, "ds_tensor").numel()  # noqa: B009  (DeepSpeed adds it)
+            part = nn.functional.pad(part, (0, size * world.connected().world_size - part.numel()))
+            part = part.narrow(0, size * world.connected().rank, size)
+        if kind is None:
+            getattr(utils, f"safe_set_{span}_fp32_param")(parameter, part)
+        else:
+            getattr(utils, f"safe_set_{span}_optimizer_state")(parameter, part, kind)
 
     def _shape(self, parameter: nn.Parameter) -> torch.Size:
         return getattr(parameter, "ds_shape", parameter.shape)

@@ -18,8 +18,8 @@ from clipdist.model.freeze import StageConfig, apply_stage, unused_parameters
 from clipdist.train.config import check
 from clipdist.train.engine import Inputs
 from clipdist.train.launched import make_accelerator
-from clipdist.train.replicated import ReplicatedEngine
 from clipdist.train.optim import OptimConfig
+from clipdist.train.replicated import ReplicatedEngine
 from clipdist.train.step import compute_gradient
 from clipdist.train.trainer import Trainer
 from tests.distributed.ranks import run_ranks

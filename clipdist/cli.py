@@ -18,6 +18,7 @@ VERBS = {
     "plan": ("clipdist.data.plan_command", "print which samples make up the batch of a step"),
     "train": ("clipdist.train.command", "train a run from a recipe, in this process"),
     "profile": ("clipdist.train.profile_command", "measure where the time of a recipe's training step goes"),
+    "consolidate": ("clipdist.train.consolidate_command", "the weights of a checkpoint as one safetensors file"),
     "eval": ("clipdist.evaluate.command", "score a model on a shard set: retrieval over the full gallery"),
     "report": ("clipdist.evaluate.report_command", "write a run's report.html anew"),
 }

@@ -1,10 +1,12 @@
 """Checkpoints: complete or absent, checksummed, and small in number.
 
     checkpoints/step-00001200/model.safetensors  optimizer.safetensors  state.json  checksums.json
+                        or/shard-00001-….safetensors shard-00002-… …    state.json  checksums.json
     checkpoints/latest                           the name of the newest complete one
 
-Weights and what the optimiser keeps (`exp_avg/<parameter>`, …) are stored whole and by the parameters' names, so any
-engine on any number of processes reads them.
+Weights and what the optimiser keeps (`exp_avg/<parameter>`, …) are stored by the parameters' names: whole, or, where
+the engine holds its state in parts, in the part that each rank has, by torch.distributed.checkpoint. Any engine on any
+number of processes reads either.
 
 No random states are kept, because none exist between steps: every step seeds its generators from (seed, step, rank).
 """
@@ -14,25 +16,39 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
+from clipdist import world
 from clipdist.data.shards import checksum_file, fsync_folder, write_atomically
 from clipdist.errors import UserError, disk_errors
 from clipdist.model.saved import plain
 from clipdist.settings import settings
 from clipdist.train.engine import OptimizerState
+from clipdist.train.stored import Stored
 
 logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"^step-(\d{8,})$")
 LATEST = "latest"
-FILES = {"model.safetensors", "optimizer.safetensors", "state.json"}
+STATE, CHECKSUMS = "state.json", "checksums.json"
+WHOLE = ("model.safetensors", "optimizer.safetensors")
+PARTS = "shard-*.safetensors"
+MODEL, OPTIMIZER = "model/", "optimizer/"  # how names begin that lie in one file
+AVERAGE = "average"
+"""The kind of optimiser state under which an average of the weights is stored (see ema.py)."""
 
 
 @settings
@@ -47,26 +63,72 @@ class CheckpointConfig:
     """Training goes on while a checkpoint is written; it takes as much memory more as weights and optimiser have."""
 
 
-class CheckpointSaver:
-    """Saves the checkpoints of a run, in a thread of its own if so configured. One rank has one.
+class Checkpoint(NamedTuple):
+    """What is read back; tensors are read from the disk when they are asked for."""
 
-    At most one is being written: `save` waits for the one before. What went wrong in the thread, the `UserError` of a
-    full disk above all, is raised by whichever of the methods is called next.
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Mapping[str, Tensor]]
+    averages: Mapping[str, Tensor]
+    """Of the weights; empty where the run keeps none."""
+    state: dict[str, Any]
+
+
+class CheckpointSaver:
+    """Saves the checkpoints of a run, in a thread of its own if so configured.
+
+    Rank 0 has one; where the engine holds its state in parts, every rank has one and calls its methods together with
+    the others. At most one checkpoint is being written: `save` waits for the one before. What went wrong in the thread,
+    the `UserError` of a full disk above all, is raised by whichever of the methods is called next.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self.folder, self.config = folder, config
         self._pool = ThreadPoolExecutor(1, "checkpoint") if config.in_background else None
-        self._pending: Future[Path] | None = None
+        self._pending: Future[Any] | None = None
+        self._group: Any = None
 
     def save(self, step: int, model: dict[str, Tensor], optimizer: OptimizerState, state: dict[str, Any]) -> None:
         """Takes a copy of everything, and returns as soon as that is made, or, without a thread, when it is written."""
         self.wait()
-        words = (self.folder, step, checkpoint_files(model, optimizer), state, self.config.keep)
+        self._run(save_checkpoint, self.folder, step, checkpoint_files(model, optimizer), state, self.config.keep)
+
+    def save_parts(self, step: int, model: dict[str, Tensor], optimizer: OptimizerState, state: dict[str, Any]) -> None:
+        """The same of tensors that lie in parts on the ranks: each writes its own, and rank 0 completes the checkpoint
+        when all have."""
+        self.wait()
+        moments = {f"{kind}/{name}": value for name, kept in optimizer.items() for kind, value in kept.items()}
+        parts = {f"{MODEL}{name}": tensor for name, tensor in model.items()}
+        parts |= {f"{OPTIMIZER}{name}": tensor for name, tensor in moments.items()}
+        main = world.connected().is_main
+        if main:
+            with disk_errors(self.folder):
+                _begin(self.folder, step)
+        if self._group is None:  # its own: collectives of a thread must not meet those of the training
+            self._group = dist.new_group(backend="gloo")
+        world.barrier()
+        writer = HuggingFaceStorageWriter(str(_partial(self.folder, step)), save_distributed=True)
+        words: dict[str, Any] = {"storage_writer": writer, "process_group": self._group}
+        written = dcp.async_save(parts, **words) if self._pool else None
+
+        def finish() -> None:
+            with _removed_on_error(self.folder, step, main), disk_errors(self.folder), _unwrapped():
+                if written is None:
+                    dcp.save(parts, **words)
+                else:
+                    written.result()  # type: ignore[union-attr]
+                # Torch gathers what all ranks have written at rank 0, so here all of it is there.
+                if main:
+                    _complete(self.folder, step, state)
+            if main:
+                _remove_old(self.folder, step, self.config.keep)
+
+        self._run(finish)
+
+    def _run(self, work: Callable[..., Any], *words: Any) -> None:
         if self._pool is None:
-            save_checkpoint(*words)
+            work(*words)
         else:
-            self._pending = self._pool.submit(save_checkpoint, *words)
+            self._pending = self._pool.submit(work, *words)
 
     def check(self) -> None:
         """Raises what a save that has ended by now failed with."""
@@ -74,7 +136,7 @@ class CheckpointSaver:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more."""
+        """Returns when this process writes nothing any more."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
@@ -83,7 +145,7 @@ class CheckpointSaver:
 def checkpoint_files(model: dict[str, Tensor], optimizer: OptimizerState) -> dict[str, dict[str, Tensor]]:
     """What `save_checkpoint` writes: copies on the CPU, by file."""
     moments = {f"{kind}/{name}": value for name, kept in optimizer.items() for kind, value in kept.items()}
-    files = {"model.safetensors": model, "optimizer.safetensors": moments}
+    files = dict(zip(WHOLE, (model, moments), strict=True))
     return {file: {name: plain(tensor) for name, tensor in tensors.items()} for file, tensors in files.items()}
 
 
@@ -95,42 +157,72 @@ def save_checkpoint(
     One rank calls it. `state` is JSON. Raises `UserError` when the disk is full or cannot be written; the checkpoints
     before it stay as they are.
     """
-    target = folder / f"step-{step:08d}"
-    partial = target.with_name(target.name + ".partial")
+    with _removed_on_error(folder, step), disk_errors(folder):
+        partial = _begin(folder, step)
+        for file, tensors in files.items():
+            save_file(tensors, partial / file)
+        _complete(folder, step, state)
+    return _remove_old(folder, step, keep)
+
+
+def _partial(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}.partial"
+
+
+@contextmanager
+def _removed_on_error(folder: Path, step: int, ours: bool = True) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if ours:
+            shutil.rmtree(_partial(folder, step), ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """The first error of a rank instead of torch's list of all ranks', which is no `Exception`."""
+    try:
+        yield
+    except CheckpointException as error:
+        first = min(error.failures)
+        raise RuntimeError(f"rank {first} could not write its part of the checkpoint") from error.failures[first][0]
+
+
+def _begin(folder: Path, step: int) -> Path:
     for stale in folder.glob("step-*.partial"):  # of a run that was killed while it saved
         shutil.rmtree(stale, ignore_errors=True)
-    try:
-        with disk_errors(folder):
-            _write(partial, step, files, state)
-            if target.exists():  # the same step again, after a forced resume
-                shutil.rmtree(target)
-            os.replace(partial, target)
-            fsync_folder(folder)
-            write_atomically(folder / LATEST, (target.name + "\n").encode())
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    partial = _partial(folder, step)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def _complete(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Adds state and checksums to the tensors that were written, and makes a checkpoint of them."""
+    partial, target = _partial(folder, step), folder / f"step-{step:08d}"
+    (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
+    sums = {path.name: checksum_file(path) for path in sorted(partial.iterdir())}
+    (partial / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+    for path in partial.iterdir():
+        with open(path, "rb") as written:
+            os.fsync(written.fileno())
+    if target.exists():  # the same step again, after a forced resume
+        shutil.rmtree(target)
+    os.replace(partial, target)
+    fsync_folder(folder)
+    write_atomically(folder / LATEST, (target.name + "\n").encode())
+
+
+def _remove_old(folder: Path, step: int, keep: int) -> Path:
     # What is newer than this step was passed over as damaged; counted among those to keep, it would push this one out.
-    complete = _complete(folder)
+    target, complete = folder / f"step-{step:08d}", _finished(folder)
     place = complete.index(target)
     for old in [*complete[: max(0, place + 1 - keep)], *complete[place + 1 :]]:
         shutil.rmtree(old)
     return target
 
 
-def _write(partial: Path, step: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    partial.mkdir(parents=True)
-    for file, tensors in files.items():
-        save_file(tensors, partial / file)
-    (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
-    sums = {path.name: checksum_file(path) for path in sorted(partial.iterdir())}
-    (partial / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
-    for path in partial.iterdir():
-        with open(path, "rb") as written:
-            os.fsync(written.fileno())
-
-
-def _complete(folder: Path) -> list[Path]:
+def _finished(folder: Path) -> list[Path]:
     """Checkpoints that carry a finished name, oldest first."""
     if not folder.is_dir():
         return []
@@ -143,9 +235,9 @@ def newest_sound(folder: Path) -> Path | None:
 
     Raises `UserError` when there are checkpoints and all are damaged.
     """
-    candidates = _complete(folder)[::-1]
+    candidates = _finished(folder)[::-1]
     for path in candidates:
-        fault = _fault(path)
+        fault = fault_of(path)
         if fault is None:
             return path
         logger.warning("checkpoint %s is damaged (%s); trying the one before", path, fault)
@@ -154,11 +246,13 @@ def newest_sound(folder: Path) -> Path | None:
     return None
 
 
-def _fault(path: Path) -> str | None:
+def fault_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None when its checksums hold."""
     try:
-        sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
-        if lacking := FILES - sums.keys():
-            return f"checksums.json does not name {', '.join(sorted(lacking))}"
+        sums = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+        in_parts = any(fnmatch(name, PARTS) for name in sums)
+        if lacking := {STATE, *(() if in_parts else WHOLE)} - sums.keys():
+            return f"{CHECKSUMS} does not name {', '.join(sorted(lacking))}"
         for name, expected in sums.items():
             if (found := checksum_file(path / name)) != expected:
                 return f"{name} has checksum {found}, expected {expected}"
@@ -167,11 +261,18 @@ def _fault(path: Path) -> str | None:
     return None
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], OptimizerState, dict[str, Any]]:
-    """(model weights, optimiser state, state) on the CPU; nothing in it is unpickled."""
-    optimizer: OptimizerState = {}
-    for key, value in load_file(path / "optimizer.safetensors").items():
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Opens a sound checkpoint; nothing in it is unpickled."""
+    if parts := sorted(path.glob(PARTS)):
+        stored = Stored.open(parts)
+        weights, moments = stored.below(MODEL), stored.below(OPTIMIZER)
+    else:
+        weights, moments = (Stored.open([path / name]) for name in WHOLE)
+    kinds: dict[str, dict[str, str]] = {}
+    for key in moments:
         kind, _, name = key.partition("/")
-        optimizer.setdefault(name, {})[kind] = value
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return load_file(path / "model.safetensors"), optimizer, state
+        kinds.setdefault(name, {})[kind] = key
+    averages = {name: keys.pop(AVERAGE) for name, keys in kinds.items() if AVERAGE in keys}
+    optimizer = {name: moments.select(keys) for name, keys in kinds.items() if keys}
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return Checkpoint(weights, optimizer, moments.select(averages), state)

@@ -1,14 +1,13 @@
 """Weights averaged over steps: usually a better model than the last step's, for the price of a copy."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from clipdist.train.checkpoint import AVERAGE
 from clipdist.train.engine import Engine, OptimizerState
-
-AVERAGE = "average"
 
 
 class WeightAverage:
@@ -49,12 +48,12 @@ class WeightAverage:
             parameter.data.copy_(weights[name])
 
     def put_beside(self, optimizer: OptimizerState) -> OptimizerState:
-        """The optimiser's state for a checkpoint, with each parameter's average as one more kind. All ranks call it;
-        rank 0, which has the state, gets the answer."""
-        averages = self._engine.whole(self.averages)
+        """The optimiser's state for a checkpoint, with each parameter's average as one more kind: in parts, as
+        `Engine.state_in_parts` gives it, or whole on rank 0. All ranks call it."""
+        averages = self.averages if self._engine.in_parts else self._engine.whole(self.averages)
         return {name: {**optimizer.get(name, {}), AVERAGE: average} for name, average in averages.items()}
 
-    def go_on(self, averages: dict[str, Tensor], steps: int) -> None:
+    def go_on(self, averages: Mapping[str, Tensor], steps: int) -> None:
         """Goes on from a checkpoint's averages over `steps` steps; begins with the weights as they are where it has
         none."""
         self.steps = steps if averages else 0
@@ -63,11 +62,3 @@ class WeightAverage:
                 self._engine.fill(self.averages[name], averages[name])
             else:
                 self.averages[name].copy_(parameter.detach())
-
-
-def split_averages(optimizer: OptimizerState) -> tuple[dict[str, Tensor], OptimizerState]:
-    """(each parameter's average, the optimiser's own state) of what `put_beside` made; no averages where there are
-    none."""
-    averages = {name: kept[AVERAGE] for name, kept in optimizer.items() if AVERAGE in kept}
-    own = {n: {kind: t for kind, t in kept.items() if kind != AVERAGE} for n, kept in optimizer.items()}
-    return averages, {name: kept for name, kept in own.items() if kept}

@@ -5,6 +5,7 @@ parameters' own names, whole, so that a run may go on with another.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
@@ -51,6 +52,8 @@ class Engine(ABC):
 
     name = "replicas"
     """What the run's environment calls it."""
+    in_parts = False
+    """Whether each rank has a part of weights and optimiser state alone, which `state_in_parts` gives."""
     needs_all_ranks = False
     """Whether each pass through a tower is a collective, in which all ranks must take part."""
 
@@ -130,9 +133,14 @@ class Engine(ABC):
     def optimizer_state(self) -> OptimizerState:
         """The whole optimiser's state on rank 0; other ranks get {}. Parameters that never trained are left out."""
 
+    def state_in_parts(self) -> tuple[dict[str, Tensor], OptimizerState]:
+        """Weights and optimiser state as they lie, in DTensors; for torch.distributed.checkpoint."""
+        raise NotImplementedError
+
     @abstractmethod
-    def load(self, weights: dict[str, Tensor], optimizer: OptimizerState) -> None:
-        """Takes over what `weights` and `optimizer_state` of any engine gave; every rank passes all of it."""
+    def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Takes over what `weights` and `optimizer_state` of any engine gave; every rank passes all of it, and takes
+        one tensor at a time, so that it may be read from a disk on the way."""
 
     def whole(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors that are laid out as the parameters of those names, whole, on the CPU of rank 0; other ranks get

@@ -5,7 +5,7 @@ weights, and the same autocast around them. What is sent in half precision is th
 round to it anyway (for norms and embeddings, which it would not, this rounds by 2⁻⁹ more).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from posixpath import commonpath
@@ -47,6 +47,7 @@ class ShardingOptions:
 
 class FullyShardedEngine(Engine):
     name = "FSDP2"
+    in_parts = True
     needs_all_ranks = True
 
     def __init__(
@@ -172,7 +173,11 @@ class FullyShardedEngine(Engine):
                 found[name] = self.whole(kept)
         return found if self.accelerator.is_main_process else {}
 
-    def load(self, weights: dict[str, Tensor], optimizer: OptimizerState) -> None:
+    def state_in_parts(self) -> tuple[dict[str, Tensor], OptimizerState]:
+        states = {name: self.optimizer.state.get(parameter) for name, parameter in self.model.named_parameters()}
+        return self.model.state_dict(), {name: dict(kept) for name, kept in states.items() if kept}
+
+    def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Mapping[str, Tensor]]) -> None:
         own = self.model.state_dict()
         assert own.keys() == weights.keys(), "a checkpoint of another model"
         for name, part in own.items():

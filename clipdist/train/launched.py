@@ -7,6 +7,7 @@ is ours to make: the same one with and without GPUs.
 
 import importlib.util
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from clipdist.train.engine import Engine, Precision
 
 if TYPE_CHECKING:
     from clipdist.config import RunConfig
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["replicated", "fsdp", "deepspeed"]
 USES = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}
@@ -70,7 +73,10 @@ def make_engine(accelerator: Accelerator, model: DualEncoder, config: "RunConfig
     from clipdist.train.replicated import ReplicatedEngine
 
     asked = kind()
-    if asked == "replicated" or not torch.distributed.is_initialized():
+    if asked != "replicated" and not torch.distributed.is_initialized():
+        logger.warning("the launcher asks for %s, and one process has nobody to share with: trained without", asked)
+        asked = "replicated"
+    if asked == "replicated":
         return ReplicatedEngine(accelerator, model, config.optim)
     if asked == "fsdp":
         from clipdist.train.fully_sharded import FullyShardedEngine, ShardingOptions

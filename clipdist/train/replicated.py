@@ -1,6 +1,6 @@
 """A whole copy of model and optimiser on each rank."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -83,10 +83,11 @@ class ReplicatedEngine(Engine):
             if kept := self.optimizer.optimizer.state.get(parameter):
                 yield name, kept
 
-    def load(self, weights: dict[str, Tensor], optimizer: OptimizerState) -> None:
-        self.model.load_state_dict(weights)
+    def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.model.load_state_dict(dict(weights))
         inner = self.optimizer.optimizer
         numbers = {id(p): n for n, p in enumerate(p for group in inner.param_groups for p in group["params"])}
-        state = {numbers[id(p)]: optimizer[name] for name, p in self.model.named_parameters() if name in optimizer}
+        known = [(name, p) for name, p in self.model.named_parameters() if name in optimizer]
+        state = {numbers[id(p)]: dict(optimizer[name]) for name, p in known}
         # The groups' settings are the recipe's, set anew at every step; only the moments are the run's.
         inner.load_state_dict({"state": state, "param_groups": inner.state_dict()["param_groups"]})

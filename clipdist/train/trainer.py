@@ -3,7 +3,6 @@
 b = rows on this rank, B = rows in the global batch, D = width of the joint embedding.
 """
 
-import json
 import logging
 import math
 import time
@@ -31,9 +30,10 @@ from clipdist.model.build import build_model, build_tokenizer, settle_batch_norm
 from clipdist.model.dual_encoder import DualEncoder
 from clipdist.model.freeze import StageConfig, apply_stage, stage_of, unused_parameters
 from clipdist.model.saved import save_model
+from clipdist.train import bad_samples
 from clipdist.train.checkpoint import CheckpointSaver, read_checkpoint
 from clipdist.train.config import check
-from clipdist.train.ema import WeightAverage, split_averages
+from clipdist.train.ema import WeightAverage
 from clipdist.train.engine import Engine, Inputs
 from clipdist.train.flops import FlopCount
 from clipdist.train.launched import make_accelerator, make_engine
@@ -103,10 +103,11 @@ class Trainer:
         start = {"step": self.progress.step, "engine": self.engine.name, **self.micro_batch_choice}
         write_environment(self.folder.path, self.data, self.world, self.device, self.parameters, start)
         self.writer = self.saver = None
-        if self.world.is_main:
+        if self.world.is_main or self.engine.in_parts:
             self.saver = CheckpointSaver(self.folder.checkpoints, config.checkpoint)
+        if self.world.is_main:
             self.writer = MetricsWriter(self.folder.path, config.log, self.progress.step)
-            self._forget_bad_samples()
+            bad_samples.forget(self.folder.path, self.progress.step)
         self.interval = Interval()
 
     def _tokenizer(self) -> Tokenizer:
@@ -188,8 +189,7 @@ class Trainer:
 
     def _restore(self) -> None:
         assert self.folder.checkpoint is not None
-        weights, optimizer, state = read_checkpoint(self.folder.checkpoint)
-        averages, optimizer = split_averages(optimizer)
+        weights, optimizer, averages, state = read_checkpoint(self.folder.checkpoint)
         self.engine.load(weights, optimizer)
         if self.average:
             self.average.go_on(averages, state["averaged_steps"])
@@ -294,30 +294,11 @@ class Trainer:
         return votes[0] > 0, votes[1] > 0, votes[2]
 
     def note_bad_samples(self, batch: Batch, count: int) -> None:
-        """Names the step's unreadable samples in `bad_samples.jsonl`; stops the run when an epoch has too many."""
-        records = [record for part in world.gather_objects(batch.bad) for record in part]
+        """Names the step's unreadable samples; stops the run when an epoch has too many."""
         self.progress.bad_in_epoch += count
-        if self.world.is_main:
-            path = self.folder.path / "bad_samples.jsonl"
-            with open(path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
         used = self.order.steps_per_epoch * self.order.global_batch
-        if self.progress.bad_in_epoch > max(1, self.config.data.max_bad_fraction * used):
-            shown = "; ".join(f"{record.key}: {record.reason}" for record in records[:3])
-            raise UserError(
-                f"{self.split.folder}: {self.progress.bad_in_epoch} unreadable samples in one epoch of {used}, more "
-                f"than data.max_bad_fraction={self.config.data.max_bad_fraction} allows ({shown}; all are listed in "
-                f"{self.folder.path / 'bad_samples.jsonl'}); run: clipdist verify {self.split.folder}"
-            )
-
-    def _forget_bad_samples(self) -> None:
-        path = self.folder.path / "bad_samples.jsonl"
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            # A last line without its end was torn by a kill.
-            whole = [line for line in lines if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["step"] < self.progress.step]
-            write_atomically(path, "".join(kept).encode())
+        most = self.config.data.max_bad_fraction
+        bad_samples.note(self.folder.path, batch.bad, self.progress.bad_in_epoch, used, most, self.split.folder)
 
     def log(self, values: dict[str, float]) -> dict[str, Any]:
         """Adds throughput and the digest to a step's values and writes them down."""
@@ -363,19 +344,23 @@ class Trainer:
         """A checkpoint of the current step; it may still be being written when this returns."""
         began = time.perf_counter()
         digest = self.digest()
-        weights, optimizer = self.engine.weights(), self.engine.optimizer_state()
+        engine = self.engine
+        weights, optimizer = (
+            engine.state_in_parts() if engine.in_parts else (engine.weights(), engine.optimizer_state())
+        )
         if self.average:
             optimizer = self.average.put_beside(optimizer)
-        if self.writer and self.saver:
+        if self.writer:
             self.writer.sync()
-            scaler = self.engine.scaler
+        if self.saver:
             state = {
                 **asdict(self.progress),
                 "digest": f"{digest:016x}",
                 "schedule": self.schedule.state_dict(),
-                "scaler": scaler.state_dict() if scaler is not None else None,
+                "scaler": engine.scaler.state_dict() if engine.scaler is not None else None,
             }
-            self.saver.save(state.pop("step"), weights, optimizer, state)
+            save = self.saver.save_parts if engine.in_parts else self.saver.save
+            save(state.pop("step"), weights, optimizer, state)
         world.barrier()
         self.interval.checkpoint_seconds += time.perf_counter() - began
 

@@ -6,7 +6,7 @@ what the recipe decides is `auto`.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -274,10 +274,10 @@ class ZeroEngine(Engine):
     def _shape(self, parameter: nn.Parameter) -> torch.Size:
         return getattr(parameter, "ds_shape", parameter.shape)
 
-    def load(self, weights: dict[str, Tensor], optimizer: OptimizerState) -> None:
+    def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Mapping[str, Tensor]]) -> None:
         assert self._deepspeed is None, "before the first stage"
-        self.model.load_state_dict(weights)
-        self._resting = optimizer
+        self.model.load_state_dict(dict(weights))
+        self._resting = {name: dict(kept) for name, kept in optimizer.items()}
 
 
 def import_deepspeed() -> Any:

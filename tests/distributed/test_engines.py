@@ -1,8 +1,10 @@
 """Every engine trains the model that one process trains, and goes on with what another has left."""
 
+import json
 import math
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,10 @@ from clipdist.train.step import compute_gradient
 from clipdist.train.trainer import Trainer
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_step import ROWS, model_and_rows, seed
-from tests.distributed.test_training import column, weights
+from tests.distributed.test_training import LAUNCH, ROOT, column, weights
 
 Recipe = Callable[..., Path]
-DEEPSPEED = Path(__file__).parents[2] / "launch" / "deepspeed"
+DEEPSPEED = ROOT / "launch" / "deepspeed"
 SHARDING = ["fsdp2", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 STEPS = 10
 
@@ -33,6 +35,10 @@ def ask_for(name: str) -> None:
     said["ACCELERATE_USE_DEEPSPEED"] = str(name.startswith("zero")).lower()
     said["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(DEEPSPEED / f"{name}.json")
     os.environ.update(said)
+
+
+def called(name: str) -> str:
+    return {"none": "replicas", "fsdp2": "FSDP2"}.get(name, f"ZeRO {name[4:5]}")
 
 
 Taken = tuple[list[dict[str, float]], dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]
@@ -47,7 +53,7 @@ def take_steps(
     model, inputs, group = model_and_rows(recipe, dropout, bias=kind == "sigmoid")
     model.train()
     engine: Engine = make_engine(make_accelerator("fp32"), model, config)
-    assert engine.name == {"none": "replicas", "fsdp2": "FSDP2"}.get(name, f"ZeRO {name[4:5]}")
+    assert engine.name == called(name)
     engine.enter_stage()
     mine = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
     own = Inputs(*(tensor[mine] for tensor in inputs))
@@ -89,7 +95,10 @@ def assert_equal(found: Taken, truth: Taken, nan_at: int = -1) -> None:
             assert (state[name][what] - value).norm() <= 1e-3 * value.norm() + 1e-7, f"{what} of {name}"
 
 
-@pytest.mark.parametrize("name", SHARDING)
+SOME = [pytest.param(name, marks=[] if name in ("fsdp2", "zero2", "zero3") else pytest.mark.slow) for name in SHARDING]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_ten_steps_are_those_of_one_process(name: str, recipe: Recipe, taken_by_one: dict[Any, Taken]) -> None:
     """Weights, moments, norms and the temperature, which meets its bound; clipped, and in micro-batches on the second
     of the two losses, on three ranks, whose parts are of unequal sizes."""
@@ -156,7 +165,7 @@ def test_a_run_goes_on_with_another_engine_and_world(
         last = number == len(chain) - 1
         ranks = run_ranks(world_size, train_part, name, path, [*words, "name=chain"], 0 if last else 5)
         assert [code for code, _ in ranks] == [0 if last else 75] * world_size
-        assert ranks[0][1] == {"none": "replicas", "fsdp2": "FSDP2"}.get(name, f"ZeRO {name[4:5]}")
+        assert ranks[0][1] == called(name)
     whole, chained = tmp_path / "runs" / "whole", tmp_path / "runs" / "chain"
     assert column(chained, "data/digest") == column(whole, "data/digest")
     for key in ("train/loss", "train/grad_norm", "train/logit_scale"):
@@ -167,3 +176,38 @@ def test_a_run_goes_on_with_another_engine_and_world(
         assert column(chained, key) == pytest.approx(column(whole, key), abs=1e-2), key
     apart = {name: float((weights(chained)[name] - value).abs().max()) for name, value in weights(whole).items()}
     assert max(apart.values()) < 5e-3, "of weights that the run has moved by more than 0.02"
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
+def test_bfloat16_is_that_of_replicas(name: str, recipe: Recipe, tmp_path: Path) -> None:
+    """Float32 weights under autocast in every engine, so that they differ by roundings only."""
+    path = str(recipe(train__epochs=1))
+    for engine in ("none", name):
+        run_ranks(2, train_part, engine, path, ["train.precision=bf16", f"name={engine}"], 0)
+    runs = [tmp_path / "runs" / engine for engine in ("none", name)]
+    replicas, found = (column(run, "train/loss") for run in runs)
+    assert found == pytest.approx(replicas, abs=0.05)
+    scales = [column(run, "train/logit_scale")[7] for run in runs]
+    assert scales[1] == pytest.approx(scales[0], rel=2e-3), "the temperature is not rounded to bfloat16"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARDING)
+def test_the_launcher_starts_it(name: str, recipe: Recipe, tmp_path: Path) -> None:
+    """`accelerate launch` with our file trains with that engine, and its profile tells where the time goes."""
+    path = recipe(train__epochs=1)
+    launch = [LAUNCH[0], "launch", "--config_file", str(ROOT / "launch" / "accelerate" / f"{name}.yaml")]
+    launch += ["--num_processes", "2", "--main_process_port", "0", "-m"]
+    words = ["clipdist.train", str(path)]
+    done = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"processes: 2 ({called(name)}), from step 0" in done.stderr
+    run = tmp_path / "runs" / "tiny"
+    assert json.loads((run / "environment.json").read_text())["starts"][0]["engine"] == called(name)
+    assert len(column(run, "train/loss")) == 7
+    if name in ("fsdp2", "zero3"):
+        words = ["clipdist.cli", "profile", str(path), "--steps", "2"]
+        done = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=240, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "image tower" in done.stdout
+        assert "gradients:" in done.stdout

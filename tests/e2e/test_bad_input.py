@@ -244,7 +244,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(large: str, tmp_pa
     assert sound is not None
     assert torch.equal(read_checkpoint(sound)[0]["w"], small)
     assert save_checkpoint(tmp_path, 2, checkpoint_files(model, optimizer), {}, keep=2).name == "step-00000002"
-    weights, moments, _ = read_checkpoint(tmp_path / "step-00000002")
+    weights, moments, _, _ = read_checkpoint(tmp_path / "step-00000002")
     assert torch.equal({"model": weights["w"], "optimizer": moments["w"]["exp_avg"]}[large], big)
 
 

@@ -66,13 +66,14 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     model, optimizer = stepped()
     path = save_checkpoint(tmp_path / "c", 12, files_of(model, optimizer), STATE, 2)
     assert path == newest_sound(tmp_path / "c") == tmp_path / "c" / "step-00000012"
-    weights, optimizer_state, state = read_checkpoint(path)
+    weights, optimizer_state, averages, state = read_checkpoint(path)
+    assert not averages
     assert state == {"step": 12, **STATE}
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
     fresh, other = stepped(7.0)
-    fresh.load_state_dict(weights)
-    kept = {number: optimizer_state[name] for number, name in enumerate(NAMES)}
+    fresh.load_state_dict(dict(weights))
+    kept = {number: dict(optimizer_state[name]) for number, name in enumerate(NAMES)}
     other.load_state_dict({"state": kept, "param_groups": other.state_dict()["param_groups"]})
     for one, two in ((model, optimizer), (fresh, other)):
         one(torch.ones(1, 2)).sum().backward()
@@ -173,14 +174,14 @@ def test_what_is_saved_in_the_background_is_what_was_there(tmp_path: Path, monke
     """The weights change while the thread writes; only one checkpoint is written at a time."""
     saver = CheckpointSaver(tmp_path, CheckpointConfig(keep=3))
     go_on, writing = threading.Event(), []
-    write = checkpoint._write
+    begin = checkpoint._begin
 
-    def slow(partial: Path, step: int, *more: Any) -> None:
+    def slow(folder: Path, step: int) -> Path:
         writing.append(step)
         assert go_on.wait(20)
-        write(partial, step, *more)
+        return begin(folder, step)
 
-    monkeypatch.setattr(checkpoint, "_write", slow)
+    monkeypatch.setattr(checkpoint, "_begin", slow)
     model, optimizer = stepped(1.0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     saver.save(1, model.state_dict(), moments(model, optimizer), STATE)
@@ -210,7 +211,7 @@ def test_what_goes_wrong_in_the_background_is_told(ask: str, tmp_path: Path, mon
     def full(*words: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(checkpoint, "_complete", full)
     saver.save(2, *state)
     assert saver._pending is not None
     saver._pending.exception(20)

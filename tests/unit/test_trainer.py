@@ -93,17 +93,6 @@ def test_several_in_a_row_stop_before_the_weights_change(recipe: Recipe, monkeyp
     trainer.close()
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_an_engine_that_there_is_none_for_is_refused(
-    variable: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Accelerate itself would train without it, and say nothing."""
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(UserError, match=r"the launcher asks for (FSDP|DeepSpeed), which this version does not") as told:
-        Trainer(load_config(recipe(), []))
-    assert "\n" not in str(told.value)
-
-
 def test_a_finished_run_says_so_and_goes_on_only_by_force(
     recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,7 +127,8 @@ def test_tf32_is_set_both_ways(allowed: bool, recipe: Recipe) -> None:
 
 def test_the_average_is_the_one_that_the_formula_gives() -> None:
     model = torch.nn.Linear(1, 1, bias=False)
-    average, expected = WeightAverage(model, 0.5), float(model.weight.detach())
+    engine: Any = SimpleNamespace(model=model)
+    average, expected = WeightAverage(engine, 0.5), float(model.weight.detach())
     for step in range(12):
         with torch.no_grad():
             model.weight.fill_(step)

@@ -1,0 +1,42 @@
+"""`bad_samples.jsonl`: the samples of a run that could not be read, and which stood in for them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from clipdist import world
+from clipdist.data.shards import write_atomically
+from clipdist.errors import UserError
+
+FILE = "bad_samples.jsonl"
+
+
+def note(run: Path, own: Sequence[Any], in_epoch: int, used: int, most: float, shard_set: Any) -> None:
+    """Adds a step's records. All ranks call it with their own, rank 0 writes.
+
+    Raises `UserError` when the epoch, of `used` samples, now has more than the share `most` of bad ones (or than one).
+    """
+    records = [record for part in world.gather_objects(own) for record in part]
+    if world.connected().is_main:
+        with open(run / FILE, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
+    if in_epoch > max(1, most * used):
+        shown = "; ".join(f"{record.key}: {record.reason}" for record in records[:3])
+        raise UserError(
+            f"{shard_set}: {in_epoch} unreadable samples in one epoch of {used}, more than "
+            f"data.max_bad_fraction={most} allows ({shown}; all are listed in {run / FILE}); "
+            f"run: clipdist verify {shard_set}"
+        )
+
+
+def forget(run: Path, step: int) -> None:
+    """Removes what was noted at `step` or later, which is about to be trained again; rank 0 calls it."""
+    path = run / FILE
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # A last line without its end was torn by a kill.
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["step"] < step]
+        write_atomically(path, "".join(kept).encode())

@@ -196,6 +196,7 @@ class FullyShardedEngine(Engine):
         return part
 
 
+@torch.compiler.disable
 def own_memory(module: nn.Module, inputs: Any, outputs: Any) -> Any:
     """A copy of each output that is a view: whoever changes a view in place drops the hook by which FSDP2 gathers the
     module's weights for the backward pass."""

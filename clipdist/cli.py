@@ -17,6 +17,7 @@ VERBS = {
     "repack": ("clipdist.data.sets.repack_command", "a shard set anew: other shards, images, order, splits"),
     "plan": ("clipdist.data.plan_command", "print which samples make up the batch of a step"),
     "train": ("clipdist.train.command", "train a run from a recipe, in this process"),
+    "node": ("clipdist.cluster.node_command", "one node's processes of a SLURM job, as a task of it"),
     "profile": ("clipdist.train.profile_command", "measure where the time of a recipe's training step goes"),
     "consolidate": ("clipdist.train.consolidate_command", "the weights of a checkpoint as one safetensors file"),
     "eval": ("clipdist.evaluate.command", "score a model on a shard set: retrieval over the full gallery"),

@@ -5,6 +5,7 @@ Unless a docstring says otherwise, all ranks must call it, in the same order.
 """
 
 import os
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -21,6 +22,9 @@ import torch.distributed as dist
 import yaml
 
 from clipdist.errors import UserError
+
+EXIT_CODES = "CLIPDIST_EXIT_CODES"
+"""The environment's variable behind `exit_codes`."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,46 @@ class Traffic:
 
 
 traffic = Traffic()
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What SLURM gave to the job that this process is a task of."""
+
+    job: str
+    restarts: int
+    """How often SLURM has requeued it."""
+    nodes: tuple[str, ...]
+    """Host names, in the order that SLURM counts them in."""
+    node: int
+    """Which of them this is."""
+    gpus: int
+    """Of this node; 0 without."""
+
+
+def allocation() -> Allocation | None:
+    """By SLURM's environment and `scontrol`; None outside of a job."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    listed = os.environ["SLURM_JOB_NODELIST"]
+    words = ["scontrol", "show", "hostnames", listed]
+    nodes = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    number = int(os.environ.get("SLURM_NODEID", 0))
+    gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", 0))
+    return Allocation(job, int(os.environ.get("SLURM_RESTART_COUNT", 0)), tuple(nodes), number, gpus)
+
+
+def slurm_job() -> dict[str, str]:
+    """The job and how often it was requeued, for the run's notes; empty outside of a job."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return {} if job is None else {"job": job, "requeued": os.environ.get("SLURM_RESTART_COUNT", "0")}
+
+
+def exit_codes() -> Path | None:
+    """Where each rank is to note its exit code, which the launcher would not pass on; None where nobody asks."""
+    folder = os.environ.get(EXIT_CODES)
+    return Path(folder) if folder else None
 
 
 def announced() -> World:

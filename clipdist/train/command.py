@@ -58,6 +58,12 @@ def configure_logging() -> None:
     warnings.filterwarnings("ignore", module=r"torch\.utils\.tensorboard|pydantic|accelerate")
 
 
+def note_exit_code(code: int) -> None:
+    """For whoever started the launcher, which answers 1 whatever its processes did."""
+    if (folder := world.exit_codes()) is not None:
+        (folder / str(world.announced().rank)).write_text(f"{code}\n", encoding="utf-8")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """`python -m clipdist.train`: what each rank runs."""
     parser = argparse.ArgumentParser(
@@ -66,8 +72,11 @@ def main(arguments: list[str] | None = None) -> int:
     add_arguments(parser)
     args = parser.parse_intermixed_args(arguments)
     try:
-        return run(args)
+        code = run(args)
+        note_exit_code(code)
+        return code
     except (UserError, WorkerKilled) as error:
+        note_exit_code(2 if isinstance(error, UserError) else 1)
         if world.announced().rank:
             # Most errors strike every rank: rank 0 prints them and the launcher ends the others meanwhile. Whoever
             # is still here has one of its own.

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Packs SkinCAP if there is no shard set yet, trains on it, evaluates, and writes the report:
+#
+#   export SKINCAP_RAW=/path/to/SkinCAP          # as downloaded, after accepting its terms; see shards/README.md
+#   sbatch --partition=gpu --account=mine --nodes=2 --gpus-per-node=4 slurm/train_skincap.sh train.epochs=20
+#
+# Words after the script are key=value for the recipe. Submit it once: at the time limit, when preempted and when a node is
+# lost it saves, goes back into the queue and goes on. Submitting it again resumes too. What a cluster needs besides (an
+# environment, modules, proxies) belongs into slurm/site.sh, which is read first where it exists.
+#
+#SBATCH --job-name=skincap
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=4
+#SBATCH --time=04:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+# shellcheck source=/dev/null
+[[ -f slurm/site.sh ]] && source slurm/site.sh
+# shellcheck source=/dev/null
+[[ -f .venv/bin/activate ]] && source .venv/bin/activate
+
+RECIPE=${RECIPE:-launch/recipes/skincap.yaml}
+ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-launch/accelerate/gpu.yaml}
+PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:?the job has no GPUs: ask for some with --gpus-per-node}}
+MAX_CRASHES=${MAX_CRASHES:-10}
+
+echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, $(date -Is), nodes $SLURM_JOB_NODELIST, words: $*"
+
+# What is wrong in the recipe is wrong before anything is started, and not better after a requeue.
+config=$(clipdist train "$RECIPE" "$@" --print-config) || exit 2
+value() { sed -n "s/^$1: //p" <<<"$config" | tr -d "'\""; }
+run=$(value runs)/$(value name)
+data=$(value '  set')
+
+if [[ ! -f $data/manifest.json ]]; then
+    python shards/skincap.py "${SKINCAP_RAW:?folder with the downloaded SkinCAP, since $data is not packed yet}" --out "$data"
+fi
+
+attempt=0
+while :; do
+    code=0
+    srun --ntasks-per-node=1 --kill-on-bad-exit=1 clipdist node "$RECIPE" "$@" \
+        --processes-per-node "$PROCESSES_PER_NODE" --accelerate-config "$ACCELERATE_CONFIG" --attempt "$attempt" || code=$?
+    case $code in
+        0) break ;;
+        2) exit 2 ;;
+        75)
+            if [[ -e $run/stop ]]; then
+                echo "stopped for good, since $run/stop exists; remove it and submit again to go on"
+                exit 0
+            fi
+            echo "stopped with a good checkpoint; back into the queue"
+            scontrol requeue "$SLURM_JOB_ID" || true # preempted, it is there already
+            sleep 60                                 # until SLURM ends this script
+            exit 75
+            ;;
+        *)
+            attempt=$((attempt + 1))
+            if ((attempt > MAX_CRASHES)); then
+                echo "crashed $attempt times (the last time with code $code); giving up: see above, and $run"
+                exit 1
+            fi
+            pause=$((attempt * attempt < 60 ? attempt * attempt : 60))
+            echo "crashed with code $code; start $attempt in this allocation follows in $pause s, from the last checkpoint"
+            sleep "$pause"
+            ;;
+    esac
+done
+
+clipdist eval "$run/model" --data "$data" --split val
+echo "finished: $run/report.html"

@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart emoji test test-all lint clean
+.PHONY: help quickstart emoji test test-all test-cluster lint clean
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -56,10 +56,16 @@ lint: $(VENV)/.installed-dev  ## ruff, mypy, shellcheck
 	$(BIN)/shellcheck .ci/run $(wildcard slurm/*.sh)
 
 test: lint  ## Lint and the quick suite
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not cluster"
 
-test-all: lint  ## Lint and every test
-	$(BIN)/python -m pytest
+test-all: lint  ## Lint and every test but those on a SLURM
+	$(BIN)/python -m pytest -m "not cluster"
+
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge
+test-cluster: $(VENV)/.installed-dev  ## The tests on a real SLURM, on this machine; as root installs Debian's packages for it
+	@command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v sbatch >/dev/null && command -v munged >/dev/null \
+		|| { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends $(SLURM_PACKAGES) >/dev/null; }
+	CLIPDIST_CLUSTER_TESTS=1 $(BIN)/python -m pytest -m cluster tests/cluster
 
 clean:  ## Remove the environment and caches; data/ and runs/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist clipdist.egg-info

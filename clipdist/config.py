@@ -79,6 +79,7 @@ NOT_MATHS = (
     "train.processes",
     "train.micro_batch",
     "train.compile",
+    "train.hang_minutes",
     "evaluate.workers",
     "evaluate.panels",
     "checkpoint",

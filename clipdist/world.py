@@ -25,6 +25,8 @@ from clipdist.errors import UserError
 
 EXIT_CODES = "CLIPDIST_EXIT_CODES"
 """The environment's variable behind `exit_codes`."""
+STOP = "stop"
+"""The file there that asks ranks to stop which did not listen to a signal yet."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ fi
 attempt=0
 while :; do
     code=0
-    srun --ntasks-per-node=1 --kill-on-bad-exit=1 clipdist node "$RECIPE" "$@" \
+    srun --ntasks-per-node=1 --kill-on-bad-exit=0 clipdist node "$RECIPE" "$@" \
         --processes-per-node "$PROCESSES_PER_NODE" --accelerate-config "$ACCELERATE_CONFIG" --attempt "$attempt" || code=$?
     case $code in
         0) break ;;

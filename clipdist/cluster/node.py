@@ -21,6 +21,7 @@ from types import FrameType
 import psutil
 
 from clipdist import world
+from clipdist.data.shards import write_atomically
 from clipdist.errors import UserError
 from clipdist.world import Allocation
 
@@ -49,7 +50,8 @@ def run_node(
     all stopped on request, else 1. Raises `UserError` when the first node does not say within `rendezvous_seconds`
     where to meet.
     """
-    port = _meet(allocation, attempt, shared, rendezvous_seconds)
+    meeting = f"rendezvous-{allocation.job}-{allocation.restarts}-{attempt}"
+    port = _meet(allocation, attempt, shared / meeting, rendezvous_seconds)
     nodes = len(allocation.nodes)
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(accelerate_config)]
     launch += ["--num_machines", str(nodes), "--machine_rank", str(allocation.node)]
@@ -68,9 +70,17 @@ def run_node(
 
         for number in PASSED_ON:
             signal.signal(number, note)
-        _watch(launcher, codes, asked)
-        found = [int(path.read_text()) for path in codes.iterdir()]
-    return outcome(launcher.returncode, found, processes)
+        failed = shared / (meeting + ".failed")
+        _watch(launcher, codes, asked, failed)
+        code = outcome(launcher.returncode, _codes(codes), processes)
+        if code == CRASHED and not failed.exists():
+            failed.touch()
+    return code
+
+
+def _codes(folder: Path) -> list[int]:
+    """Of the ranks here that have noted theirs."""
+    return [int(path.read_text() or CRASHED) for path in folder.iterdir() if path.name.isdigit()]
 
 
 def outcome(launcher: int, codes: Sequence[int], processes: int) -> int:
@@ -84,24 +94,25 @@ def outcome(launcher: int, codes: Sequence[int], processes: int) -> int:
     return launcher if launcher in (FINISHED, WRONG) and not codes else CRASHED
 
 
-def _watch(launcher: subprocess.Popen[bytes], codes: Path, asked: list[int]) -> None:
-    """Until the launcher has ended: passes signals on, and ends ranks that outlive one that has failed."""
-    failed_at: float | None = None
+def _watch(launcher: subprocess.Popen[bytes], codes: Path, asked: list[int], failed: Path) -> None:
+    """Until the launcher has ended: passes signals on, and ends the ranks here when one of them, or one of another node
+    (then `failed` exists), has failed: they would wait for it in a collective, and one that is stopped forever."""
+    failing_since: float | None = None
     while launcher.poll() is None:
         time.sleep(0.1)
         ranks = _ranks(launcher)
-        # Again and again: one that has only begun does not listen yet.
-        for number in dict.fromkeys(asked):
+        while asked:
+            # A rank that has only begun does not listen yet, and looks for the file when it does.
+            (codes / world.STOP).touch()
+            number = asked.pop(0)
             for rank in ranks:
                 _send(rank, number)
-        if asked:
-            time.sleep(0.9)
-        failed = any(int(path.read_text() or 0) in (WRONG, CRASHED) for path in codes.iterdir())
-        dead = failed or any(_ended(rank) for rank in ranks)
-        if dead and failed_at is None:
-            failed_at = time.monotonic()
-        if failed_at is not None and time.monotonic() - failed_at > GRACE_SECONDS:
-            # The launcher would wait half a minute for one that is stopped and hears nothing.
+        bad = failed.exists() or any(code in (WRONG, CRASHED) for code in _codes(codes))
+        dead = len(_codes(codes)) < sum(_ended(rank) for rank in ranks)
+        if (bad or dead) and failing_since is None:
+            failing_since = time.monotonic()
+            failed.touch()
+        if failing_since is not None and time.monotonic() - failing_since > GRACE_SECONDS:
             for rank in ranks:
                 _send(rank, signal.SIGKILL)
 
@@ -128,16 +139,12 @@ def _send(rank: psutil.Process, number: int) -> None:
         return
 
 
-def _meet(allocation: Allocation, attempt: int, shared: Path, seconds: float) -> int:
-    """The port on the first node where the ranks meet: that node finds a free one, and tells by the shared folder."""
-    name = f"rendezvous-{allocation.job}-{allocation.restarts}-{attempt}"
-    path = shared / name
+def _meet(allocation: Allocation, attempt: int, path: Path, seconds: float) -> int:
+    """The port on the first node where the ranks meet: that node finds a free one, and tells by a file that all see."""
     if allocation.node == 0:
-        shared.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         port = free_port(int(allocation.job.split("_")[0]) + attempt)
-        partial = path.with_name(name + ".partial")
-        partial.write_text(f"{port}\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_atomically(path, f"{port}\n".encode())
         return port
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -146,7 +153,7 @@ def _meet(allocation: Allocation, attempt: int, shared: Path, seconds: float) ->
         time.sleep(0.2)
     raise UserError(
         f"{path}: the first node, {allocation.nodes[0]}, has not said within {seconds:.0f} s where to meet; see its "
-        f"output, and whether {shared} is a folder that all nodes share"
+        f"output, and whether {path.parent} is a folder that all nodes share"
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipdist import world
+from clipdist import heartbeat, world
 from clipdist.data.evaluation import EvalPiece, EvalRows, evaluation_loader
 from clipdist.data.loader import worker_errors
 from clipdist.data.shards import Split
@@ -118,6 +118,7 @@ def _encode(
         if not (world.max_over_ranks(more) if in_step else more):
             return found
         made = encode(blank if item is None else item)
+        heartbeat.beat()
         if item is not None:
             found.append(made.cpu())
 

@@ -6,6 +6,7 @@ On several processes: accelerate launch --config_file launch/accelerate/cpu.yaml
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from clipdist import world
 from clipdist.errors import UserError, WorkerKilled
+from clipdist.train.signals import STOP_SIGNALS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
     try:
         code = run(args)
+        for number in STOP_SIGNALS:  # one that comes late would end the interpreter while it ends
+            signal.signal(number, signal.SIG_IGN)
         note_exit_code(code)
         return code
     except (UserError, WorkerKilled) as error:

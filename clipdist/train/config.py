@@ -41,6 +41,9 @@ class TrainConfig:
     """torch.compile for both towers."""
     processes: NonNegativeInt = 0
     """How many processes the run must have; 0: as many as are launched."""
+    hang_minutes: NonNegativeFloat = 30.0
+    """Without a step, or a batch of a validation, for so long, every rank writes its stacks and ends. 0: never. The
+    longest step counts: the first, where torch.compile works, or one that waits for a slow disk."""
     max_skipped_in_a_row: NonNegativeInt = 5
     """Steps with a non-finite loss or gradient, which change nothing, before the run stops."""
 

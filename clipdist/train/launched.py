@@ -11,12 +11,13 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from clipdist import world
 from clipdist.errors import UserError
@@ -47,16 +48,20 @@ def _true(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
-def make_accelerator(precision: Precision, tf32: bool = False) -> Accelerator:
-    """Accelerate's state for this process; `tf32` allows it to GPUs, or forbids it."""
+def make_accelerator(precision: Precision, tf32: bool = False, hang_minutes: float = 0.0) -> Accelerator:
+    """Accelerate's state for this process; `tf32` allows it to GPUs, or forbids it. A collective fails after twice
+    `hang_minutes`, by when the process should have ended itself (see heartbeat.py)."""
     use_cpu = not torch.cuda.is_available()
     # The older of torch's two ways: it sets both, and setting the newer one makes reading this one an error.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     # Buffers need no broadcast: batch statistics are synchronised or frozen, so ranks never differ in them.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     mixed = "no" if precision == "fp32" else precision
+    handlers: list[Any] = [ddp]
+    if hang_minutes:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=2 * hang_minutes)))
     with _without(USES):
-        return Accelerator(mixed_precision=mixed, cpu=use_cpu, kwargs_handlers=[ddp])
+        return Accelerator(mixed_precision=mixed, cpu=use_cpu, kwargs_handlers=handlers)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
+from clipdist import heartbeat
 from clipdist.data.loader import worker_errors
 from clipdist.train.signals import Clock, StopRequest
 from clipdist.train.trainer import Trainer
@@ -43,12 +44,14 @@ def train(config: "RunConfig") -> int:
         trainer.close()
         return FINISHED
     request, clock = StopRequest(), Clock(config.checkpoint.every_minutes)
+    heartbeat.watch(config.train.hang_minutes)
     stop = False
     for batch in trainer.batches():
         trainer.enter_epoch(trainer.epoch_of(batch.step))
         values = trainer.step(batch)
 
         stop, save, bad = trainer.agree(request.requested, trainer.world.is_main and clock.due(), len(batch.bad))
+        heartbeat.beat()
         if bad:
             trainer.note_bad_samples(batch, bad)
         last = progress.step == trainer.total_steps
@@ -78,6 +81,7 @@ def train(config: "RunConfig") -> int:
         if progress.finished or stop:
             break
     trainer.close()
+    heartbeat.watch(0)
     if progress.finished:
         return FINISHED
     assert stop

@@ -81,6 +81,17 @@ def device_peak(device: torch.device, precision: str) -> float | None:
     return peak_flops(torch.cuda.get_device_name(device), precision, tf32)
 
 
+def last_step(run: Path) -> int:
+    """The last step that a run has logged; 0 before the first."""
+    path, found = run / "metrics.jsonl", 0
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            found = max(found, int(json.loads(line)["step"]))
+        except (ValueError, KeyError, TypeError):
+            continue  # torn by a kill
+    return found
+
+
 class MetricsWriter:
     """Appends to `metrics.jsonl` and TensorBoard. Resuming at a step removes what was logged after it, so that no step
     is there twice."""

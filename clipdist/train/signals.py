@@ -18,6 +18,9 @@ class StopRequest:
         self._launcher = world.launcher()
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
+        folder = world.exit_codes()
+        if folder is not None and (folder / world.STOP).exists():  # asked for before anybody listened
+            self._signalled = True
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # Nothing more may happen here: a save inside a handler would run between any two operations of a step.

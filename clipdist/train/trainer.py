@@ -37,7 +37,7 @@ from clipdist.train.ema import WeightAverage
 from clipdist.train.engine import Engine, Inputs
 from clipdist.train.flops import FlopCount
 from clipdist.train.launched import make_accelerator, make_engine
-from clipdist.train.metrics import MetricsWriter, arithmetic, communication, device_peak, memory
+from clipdist.train.metrics import MetricsWriter, arithmetic, communication, device_peak, last_step, memory
 from clipdist.train.micro_batch import choose_micro_batch, out_of_memory
 from clipdist.train.optim import Schedule, moving_statistics, part_of
 from clipdist.train.run_folder import RunFolder, open_run, write_environment
@@ -84,7 +84,7 @@ class Trainer:
     def __init__(self, config: "RunConfig") -> None:
         self.config = config
         check(config)
-        self.accelerator = make_accelerator(config.train.precision, config.train.tf32)
+        self.accelerator = make_accelerator(config.train.precision, config.train.tf32, config.train.hang_minutes)
         self.world = world.check_size(config.train.processes)
         self.device = self.accelerator.device
         self.data = Mixture.open(config.data, open_or_index)
@@ -100,7 +100,9 @@ class Trainer:
         self.progress = Progress()
         if self.folder.checkpoint:
             self._restore()
-        start = {"step": self.progress.step, "engine": self.engine.name, **self.micro_batch_choice}
+        lost = max(0, last_step(self.folder.path) - self.progress.step)
+        start = {"step": self.progress.step, "lost_steps": lost, "engine": self.engine.name, **world.slurm_job()}
+        start |= self.micro_batch_choice
         write_environment(self.folder.path, self.data, self.world, self.device, self.parameters, start)
         self.writer = self.saver = None
         if self.world.is_main or self.engine.in_parts:

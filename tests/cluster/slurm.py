@@ -70,6 +70,8 @@ PartitionName=kind Nodes=ALL             PriorityTier=1  PreemptMode=REQUEUE Gra
 PartitionName=high Nodes=ALL             PriorityTier=10 PreemptMode=OFF                  DefaultTime=30
 """
 
+# Whoever ends these tests by force ends the cluster, too.
+WITH_US = ("setpriv", "--pdeath-signal", "KILL")
 # The node's first process: it reaps orphans, and everything below it ends with it.
 NODE = 'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; slurmd -D -f "$2/slurm.conf" -N "$1"; exit $?'
 
@@ -124,14 +126,14 @@ class LocalSlurm:
 
     def _daemon(self, *words: str) -> None:
         with open(self.root / f"{words[0]}.out", "wb") as out:
-            self._daemons.append(subprocess.Popen(words, stdout=out, stderr=out, env=self.environment))
+            self._daemons.append(subprocess.Popen([*WITH_US, *words], stdout=out, stderr=out, env=self.environment))
 
     def start_node(self, name: str) -> None:
         """Powers a node on."""
         words = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", NODE]
         with open(self.root / f"{name}.out", "ab") as out:
             self._nodes[name] = subprocess.Popen(
-                [*words, "node", name, str(self.root)],
+                [*WITH_US, *words, "node", name, str(self.root)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,

@@ -1,12 +1,12 @@
 """`sbatch slurm/train_skincap.sh` on two nodes: whatever happens to it, the job ends COMPLETED, with the digest of a
 run that nothing happened to, and the same weights to the last bit."""
 
+import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -22,17 +22,18 @@ LAST = 36
 class Job:
     """A job of slurm/train_skincap.sh on 2 nodes × 2 tasks."""
 
-    def __init__(self, slurm: LocalSlurm, folder: Path, recipe: Path, raw: Path, *options: str, **more: str) -> None:
+    def __init__(
+        self, slurm: LocalSlurm, folder: Path, recipe: Path, raw: Path, *options: str, words: Sequence[str] = ()
+    ) -> None:
         self.slurm, self.run, self.log = slurm, folder / "runs" / "tiny", folder / "job.log"
         variables = {
             "RECIPE": str(recipe),
             "SKINCAP_RAW": str(raw),
             "ACCELERATE_CONFIG": "launch/accelerate/cpu.yaml",
             "OMP_NUM_THREADS": "1",
-            **more,
         }
-        words = ["--nodes=2", "--gpus-per-node=2", f"--output={self.log}", *options, "slurm/train_skincap.sh"]
-        self.number = slurm.submit(*words, cwd=ROOT, **variables)
+        options = ("--nodes=2", "--gpus-per-node=2", f"--output={self.log}", *options)
+        self.number = slurm.submit(*options, "slurm/train_skincap.sh", *words, cwd=ROOT, **variables)
 
     def reach(self, step: int, seconds: float = 120) -> None:
         """Until the run has logged this step."""
@@ -62,8 +63,12 @@ class Job:
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.said()}") from None
 
-    def said(self) -> str:
-        return self.log.read_text(errors="replace")[-6000:] if self.log.exists() else ""
+    def nodes(self) -> list[str]:
+        return self.slurm.run("scontrol", "show", "hostnames", self.slurm.job(self.number)["NodeList"]).split()
+
+    def said(self, whole: bool = False) -> str:
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        return text if whole else text[-6000:]
 
 
 @pytest.fixture(scope="session")
@@ -84,9 +89,9 @@ def start(
 ) -> Callable[..., Job]:
     """start(options of sbatch …): the same job in a folder of its own."""
 
-    def begin(*options: str, **more: Any) -> Job:
+    def begin(*options: str, words: Sequence[str] = ()) -> Job:
         (tmp_path / "data").symlink_to(undisturbed / "data")
-        return Job(slurm, tmp_path, cluster_recipe(tmp_path), raw, *options, **more)
+        return Job(slurm, tmp_path, cluster_recipe(tmp_path), raw, *options, words=words)
 
     return begin
 
@@ -136,3 +141,85 @@ def test_requeued_by_hand(start: Callable[..., Job], undisturbed: Path) -> None:
     job.slurm.run("scontrol", "requeue", job.number, check=True)
     assert job.finish()["Restarts"] == "1"
     assert_the_same(job.run, undisturbed)
+
+
+def test_a_rank_hangs(start: Callable[..., Job], undisturbed: Path) -> None:
+    """SIGSTOP: the others wait for it in a collective until they take it for hung, write their stacks, and all start
+    anew; within the limit, and the seconds that the killing takes."""
+    job = start(words=["train.hang_minutes=0.1"])
+    job.reach(6)
+    os.kill(job.ranks()[2].pid, signal.SIGSTOP)
+    stopped = time.monotonic()
+    while job.ranks() and time.monotonic() - stopped < 60:
+        time.sleep(0.1)
+    assert time.monotonic() - stopped < 6 + 10
+    assert job.finish()["Restarts"] == "0"
+    said = job.said(whole=True)
+    assert "Timeout (0:00:06)!" in said
+    assert "most recent call first" in said
+    assert_the_same(job.run, undisturbed)
+
+
+def test_a_node_crashes(slurm: LocalSlurm, start: Callable[..., Job], undisturbed: Path) -> None:
+    """SLURM notices, requeues the job, and it goes on elsewhere."""
+    job = start()
+    job.reach(6)
+    lost = job.nodes()[1]
+    slurm.crash_node(lost)
+    try:
+        found = job.finish()
+        assert found["Restarts"] == "1"
+        assert lost not in job.nodes()
+    finally:
+        slurm.start_node(lost)
+    assert_the_same(job.run, undisturbed)
+
+
+@pytest.mark.parametrize("partition", ["low", "kind"])
+def test_preempted(partition: str, slurm: LocalSlurm, start: Callable[..., Job], undisturbed: Path) -> None:
+    """By a job that may: killed at once, or after a grace in which the run saves."""
+    job = start(f"--partition={partition}", "--nodelist=n1,n2")
+    job.reach(6)
+    other = slurm.submit(
+        "--partition=high", "--nodes=4", "--exclusive", "--wrap=sleep 3", "--output=/dev/null", cwd=ROOT
+    )
+    found = job.finish()
+    assert int(found["Restarts"]) >= 1
+    slurm.wait(other)
+    starts = json.loads((job.run / "environment.json").read_text())["starts"]
+    assert len(starts) == 2
+    assert starts[1]["job"] == job.number
+    assert starts[1]["lost_steps"] <= (4 if partition == "low" else 0)
+    assert_the_same(job.run, undisturbed)
+
+
+def test_the_newest_checkpoint_is_damaged(start: Callable[..., Job], undisturbed: Path) -> None:
+    job = start()
+    job.reach(14)
+    for rank in job.ranks():
+        os.kill(rank.pid, signal.SIGSTOP)
+    newest = job.run / "checkpoints" / (job.run / "checkpoints" / "latest").read_text().strip()
+    (newest / "model.safetensors").write_bytes(b"torn")
+    for rank in job.ranks():
+        os.kill(rank.pid, signal.SIGKILL)
+    job.finish()
+    assert f"checkpoint {newest} is damaged" in job.said(whole=True)
+    assert_the_same(job.run, undisturbed)
+
+
+def test_a_wrong_recipe_is_not_tried_again(start: Callable[..., Job]) -> None:
+    job = start(words=["train.epochz=3"])
+    found = job.slurm.wait(job.number, ("FAILED",))
+    assert (found["ExitCode"], found["Restarts"]) == ("2:0", "0")
+    assert "unknown key train.epochz; did you mean train.epochs?" in job.said()
+
+
+def test_an_end_for_good(start: Callable[..., Job]) -> None:
+    """A file named stop in the run's folder, and a signal: it saves, and does not come back."""
+    job = start()
+    job.reach(6)
+    (job.run / "stop").touch()
+    job.slurm.run("scancel", "--signal=USR1", job.number, check=True)
+    assert job.finish()["Restarts"] == "0"
+    assert "stopped for good" in job.said()
+    assert (job.run / "checkpoints" / "latest").exists()

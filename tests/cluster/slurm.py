@@ -71,7 +71,7 @@ PartitionName=high Nodes=ALL             PriorityTier=10 PreemptMode=OFF        
 """
 
 # Whoever ends these tests by force ends the cluster, too.
-WITH_US = ("setpriv", "--pdeath-signal", "KILL")
+WITH_US = ("setpriv", "--pdeathsig", "KILL")
 # The node's first process: it reaps orphans, and everything below it ends with it.
 NODE = 'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; slurmd -D -f "$2/slurm.conf" -N "$1"; exit $?'
 
@@ -189,18 +189,29 @@ class LocalSlurm:
     def wait(self, number: str, states: Sequence[str] = ("COMPLETED",), seconds: float = 240) -> dict[str, str]:
         """Until the job is in one of the states; requeued meanwhile, it is hastened."""
         found: dict[str, str] = {}
+        pending_since = time.monotonic()
 
         def there() -> bool:
             nonlocal found
+            nonlocal pending_since
             found = self.job(number)
-            if found.get("JobState") == "PENDING" and found.get("Reason") in ("BeginTime", "None"):
+            if found.get("JobState") != "PENDING":
+                pending_since = time.monotonic()
+            elif time.monotonic() - pending_since > 3:  # in the same second, nodes still refuse it
                 self.hasten(number)
+                pending_since = time.monotonic()
             ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
             return found.get("JobState") in states or (found.get("JobState") in ended)
 
         self._until(there, seconds, f"job {number} is {' or '.join(states)}")
-        assert found["JobState"] in states, f"job {number} is {found['JobState']}, exit code {found['ExitCode']}"
+        told = f"job {number} is {found['JobState']}, exit code {found['ExitCode']}"
+        assert found["JobState"] in states, f"{told}\n{self.logs()}"
         return found
+
+    def logs(self) -> str:
+        """The last lines of controller and nodes."""
+        paths = [self.root / "slurmctld.log", *sorted(self.root.glob("slurmd-*.log"))]
+        return "\n".join(line for path in paths for line in path.read_text(errors="replace").splitlines()[-25:])
 
     def _until(self, there: Any, seconds: float, what: str) -> None:
         end = time.monotonic() + seconds

@@ -35,6 +35,7 @@ from clipdist.train.checkpoint import CheckpointSaver, read_checkpoint
 from clipdist.train.config import check
 from clipdist.train.ema import WeightAverage, split_averages
 from clipdist.train.engine import Engine, Inputs, ReplicatedEngine, make_accelerator
+from clipdist.train.feature_cache import FeatureCaches
 from clipdist.train.flops import FlopCount
 from clipdist.train.metrics import MetricsWriter, arithmetic, communication, device_peak, memory
 from clipdist.train.micro_batch import choose_micro_batch, out_of_memory
@@ -142,6 +143,7 @@ class Trainer:
             "total": sum(p.numel() for p in self.model.parameters()),
         }
         self.stage: StageConfig | None = None
+        self.features = FeatureCaches(config, self.model, self.folder)
 
     def _micro_batch(self, rows: int) -> int:
         """Of this rank's `rows`, how many are embedded at a time."""
@@ -165,8 +167,11 @@ class Trainer:
     def enter_epoch(self, epoch: int) -> None:
         """Freezes and thaws by the recipe's stages, and wraps the model anew when that changed anything."""
         stage = stage_of(self.config.train.stages, epoch)
-        if stage == self.stage:
-            return
+        if stage != self.stage:
+            self._enter_stage(stage, epoch)
+        self.features.enter(epoch, stage.from_epoch, self.order.steps_per_epoch)
+
+    def _enter_stage(self, stage: StageConfig, epoch: int) -> None:
         self.stage, self.step_flops = stage, None
         apply_stage(self.model, stage, self.unused)
         self.model.train()
@@ -266,6 +271,7 @@ class Trainer:
             assert self.stage is not None, "enter_epoch comes first"
             tokens = batch.token_ids_bT.shape[1]
             self.step_flops = self.flop_count.of_a_step(self.stage, tokens, self.order.global_batch)
+            self.features.count_flops(self.flop_count, self.stage, tokens)
 
     def _note_step(self, batch: Batch, finite: bool) -> None:
         self.progress.step = batch.step + 1
@@ -336,9 +342,12 @@ class Trainer:
             record["perf/checkpoint_stall_seconds"] = interval.checkpoint_seconds
         if interval.skipped:
             record["train/skipped_steps"] = interval.skipped
+        shares = self.features.shares(interval.steps)
+        record |= {f"perf/{name}_features_computed": share for name, share in shares.items()}
         if self.step_flops:
+            flops = self.step_flops - self.features.spared_flops(shares)
             peak = device_peak(self.device, self.config.train.precision)
-            record |= arithmetic(self.step_flops, record["perf/step_seconds"], self.world.world_size, peak)
+            record |= arithmetic(flops, record["perf/step_seconds"], self.world.world_size, peak)
         if self.writer:
             self.writer.write(self.progress.step, self.epoch_of(self.progress.step - 1), record)
         self.interval = Interval()
@@ -357,6 +366,7 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of the current step; it may still be being written when this returns."""
         began = time.perf_counter()
+        self.features.sync()  # on all ranks, before any of them writes
         digest = self.digest()
         weights, optimizer = self.engine.weights(), self.engine.optimizer_state()
         if self.average:
@@ -464,6 +474,7 @@ class Trainer:
 
     def close(self) -> None:
         """Leaves the process group, after every rank has come this far and the last checkpoint is complete."""
+        self.features.close()
         if self.saver:
             self.saver.wait()
         if self.writer:

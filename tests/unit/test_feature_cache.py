@@ -355,7 +355,7 @@ def test_a_tower_that_trained_in_between_is_another(
     assert [step for step, share in shares.items() if share] == [*range(1, 8), *range(22, 29)]
     flops, all_flops = column(run, "perf/flops_per_step"), column(tmp_path / "runs" / "plain", "perf/flops_per_step")
     assert flops[7] == all_flops[7]
-    assert flops[8] < 0.99 * all_flops[8]
+    assert all_flops[8] - flops[8] == all_flops[29] - flops[29] > 0
     assert flops[15] == all_flops[15]
 
 
@@ -368,9 +368,7 @@ def test_features_of_a_stage_stay_while_a_start_may_go_on_from_it(recipe: Recipe
     trainer.save()
     assert trainer.saver is not None
     trainer.saver.wait()
-    steps_left = [14]
-    for step in steps_left:
-        trainer.enter_epoch(trainer.epoch_of(step))
+    trainer.enter_epoch(2)
     assert not features(tmp_path / "runs" / "tiny")
     trainer.close()
 
@@ -410,7 +408,9 @@ def test_what_would_never_be_read_again_is_refused(recipe: Recipe) -> None:
 
 def test_it_may_be_switched_when_a_run_goes_on(recipe: Recipe) -> None:
     config = load_config(recipe(), [])
-    other: RunConfig = replace(config, model=replace(config.model, text=replace(config.model.text, cache_features=True)))
+    other: RunConfig = replace(
+        config, model=replace(config.model, text=replace(config.model.text, cache_features=True))
+    )
     assert differences(config, other) == []
     assert cached_towers(other.model) == ["text"]
     assert cached_towers(config.model) == []

@@ -71,7 +71,7 @@ PartitionName=high Nodes=ALL             PriorityTier=10 PreemptMode=OFF        
 """
 
 # Whoever ends these tests by force ends the cluster, too.
-WITH_US = ("setpriv", "--pdeath-signal", "KILL")
+WITH_US = ("setpriv", "--pdeathsig", "KILL")
 # The node's first process: it reaps orphans, and everything below it ends with it.
 NODE = 'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; slurmd -D -f "$2/slurm.conf" -N "$1"; exit $?'
 

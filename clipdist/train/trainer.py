@@ -132,7 +132,8 @@ class Trainer:
         self.model = settle_batch_norm(self.model, self.device, self.world.world_size, rows // self.micro_batch)
         if config.train.compile:
             self.model.image.compile()
-            self.model.text.compile()
+            # Captions are as long as a batch's longest: one graph for every length, the same wherever a run goes on.
+            self.model.text.compile(dynamic=True)
         self.criterion = ContrastiveLoss(**asdict(config.loss))
         self.engine: Engine = ReplicatedEngine(self.accelerator, self.model, config.optim)
         self.average = WeightAverage(self.model, config.train.ema) if config.train.ema else None
@@ -168,6 +169,8 @@ class Trainer:
         if stage == self.stage:
             return
         self.stage, self.step_flops = stage, None
+        if self.config.train.compile:
+            torch.compiler.reset()  # no graph of the stage before fits, and torch keeps eight of a tower at most
         apply_stage(self.model, stage, self.unused)
         self.model.train()
         self.engine.enter_stage()

@@ -137,7 +137,8 @@ class Trainer:
         model = settle_batch_norm(model, self.device, self.world.world_size, rows // self.micro_batch)
         if config.train.compile:
             model.image.compile()
-            model.text.compile()
+            # Captions are as long as a batch's longest: one graph for every length, the same wherever a run goes on.
+            model.text.compile(dynamic=True)
         self.sizes = {name: p.numel() for name, p in model.named_parameters()}
         towers = {part: sum(n for name, n in self.sizes.items() if part_of(name) == part) for part in ("image", "text")}
         self.parameters = {f"{part} tower": size for part, size in towers.items()}
@@ -181,6 +182,8 @@ class Trainer:
 
     def _enter_stage(self, stage: StageConfig, epoch: int) -> None:
         self.stage, self.step_flops = stage, None
+        if self.config.train.compile:
+            torch.compiler.reset()  # no graph of the stage before fits, and torch keeps eight of a tower at most
         apply_stage(self.model, stage, self.unused)
         self.model.train()
         self.engine.enter_stage()

@@ -75,6 +75,8 @@ NOT_MATHS = (
     "data.remote",
     "data.cache_folder",
     "data.cache_gib",
+    "model.image.cache_features",
+    "model.text.cache_features",
     "loss.backend",
     "train.processes",
     "train.micro_batch",

@@ -4,7 +4,8 @@ b = rows, T = tokens, C = width of a tower, D = width of the joint embedding.
 """
 
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,12 @@ class Encoded(NamedTuple):
     text_features_bD: Tensor
     logit_scale: Tensor
     logit_bias: Tensor | None
+
+
+class FeatureSource(Protocol):
+    """Gives what `tower(*inputs)` would give, [b, C]; no gradient is wanted."""
+
+    def __call__(self, tower: nn.Module, *inputs: Tensor) -> Tensor: ...
 
 
 class Temperature(nn.Module):
@@ -109,18 +116,26 @@ class DualEncoder(nn.Module):
         self.image_projection = projection(config.projection, image.width, config.width)
         self.text_projection = projection(config.projection, text.width, config.width)
         self.temperature = Temperature(config.temperature)
+        self.feature_sources: Mapping[str, FeatureSource] = {}
+        """`image` or `text` -> where, in training, its features come from while that tower trains nowhere."""
 
     def encode_image(self, images_b3HW: Tensor) -> Tensor:
         """[b, D] float32 unit vectors."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains(self.image)):
-            features_bC = self.image(images_b3HW)
+        features_bC = self._features("image", self.image, images_b3HW)
         return F.normalize(self.image_projection(features_bC).float(), dim=1)
 
     def encode_text(self, token_ids_bT: Tensor, attention_mask_bT: Tensor) -> Tensor:
         """[b, D] float32 unit vectors."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains(self.text)):
-            features_bC = self.text(token_ids_bT, attention_mask_bT)
+        features_bC = self._features("text", self.text, token_ids_bT, attention_mask_bT)
         return F.normalize(self.text_projection(features_bC).float(), dim=1)
+
+    def _features(self, name: str, tower: nn.Module, *inputs: Tensor) -> Tensor:
+        learns, source = trains(tower), self.feature_sources.get(name)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            if source is not None and self.training and not learns:
+                return source(tower, *inputs)
+            features_bC: Tensor = tower(*inputs)
+        return features_bC
 
     def forward(self, images_b3HW: Tensor, token_ids_bT: Tensor, attention_mask_bT: Tensor) -> Encoded:
         scale, bias = self.temperature()

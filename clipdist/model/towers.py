@@ -48,6 +48,8 @@ class ImageTowerConfig:
     checkpoint_activations: bool = False
     """Keeps the inputs of blocks only, and computes the rest a second time in the backward pass: less memory, a third
     more work, same gradients."""
+    cache_features: bool = False
+    """Keeps the tower's features on disk while it trains nowhere, so that each is computed once."""
 
 
 @settings
@@ -65,6 +67,8 @@ class TextTowerConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Fields of the Hugging Face configuration, such as hidden_size or a dropout rate."""
     checkpoint_activations: bool = False
+    """As the image tower's."""
+    cache_features: bool = False
     """As the image tower's."""
 
 

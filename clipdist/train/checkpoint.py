@@ -230,6 +230,12 @@ def _finished(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def newest_step(folder: Path) -> int | None:
+    """The step of the newest complete checkpoint."""
+    complete = _finished(folder)
+    return int(complete[-1].name.removeprefix("step-")) if complete else None
+
+
 def newest_sound(folder: Path) -> Path | None:
     """The newest checkpoint whose checksums hold; says so when it has to pass over a damaged one.
 

@@ -60,10 +60,12 @@ def configure_logging() -> None:
     warnings.filterwarnings("ignore", module=r"torch\.utils\.tensorboard|pydantic|accelerate")
 
 
-def note_exit_code(code: int) -> None:
-    """For whoever started the launcher, which answers 1 whatever its processes did."""
-    if (folder := world.exit_codes()) is not None:
+def note_exit_code(code: int) -> bool:
+    """For whoever started the launcher, which answers 1 whatever its processes did; whether there is anybody."""
+    folder = world.exit_codes()
+    if folder is not None:
         (folder / str(world.announced().rank)).write_text(f"{code}\n", encoding="utf-8")
+    return folder is not None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,8 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
         code = run(args)
         for number in STOP_SIGNALS:  # one that comes late would end the interpreter while it ends
             signal.signal(number, signal.SIG_IGN)
-        note_exit_code(code)
-        return code
+        # A launcher takes whatever is not 0 for a failure and prints a page about it; whoever reads the note needs none.
+        return 0 if note_exit_code(code) else code
     except (UserError, WorkerKilled) as error:
         note_exit_code(2 if isinstance(error, UserError) else 1)
         if world.announced().rank:

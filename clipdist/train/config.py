@@ -68,6 +68,7 @@ def check(config: "RunConfig") -> None:
             "train.micro_batch=auto cannot tell what blocks need whose activations are computed twice; set a number, "
             "or checkpoint_activations to false"
         )
+    _check_cached_features(config)
     if train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision=fp16 needs a GPU; without one use bf16 or fp32")
     if config.evaluate.monitor not in MONITORS:
@@ -80,3 +81,26 @@ def check(config: "RunConfig") -> None:
         raise UserError(f"name={config.name!r}: expected a plain folder name")
     ContrastiveLoss(**asdict(config.loss))
     check_engine(config)
+
+
+def _check_cached_features(config: "RunConfig") -> None:
+    """`UserError` where features kept on disk would never be read again."""
+    for name, tower in (("image", config.model.image), ("text", config.model.text)):
+        stages = [stage for stage in config.train.stages if stage.from_epoch < config.train.epochs]
+        if tower.cache_features and not any(getattr(stage, name) in ("none", 0) for stage in stages):
+            raise UserError(
+                f"model.{name}.cache_features: the {name} tower trains in every stage, and its features change with "
+                f"each step; set train.stages=[{{from_epoch: 0, {name}: none}}], or model.{name}.cache_features=false"
+            )
+    if not config.model.image.cache_features:
+        return
+    settings = {f"data.augment.{key}": value for key, value in config.data.augment.undone.items()}
+    if config.model.image.resize == "crop":  # of an image that is not square, it lies elsewhere each time
+        settings["model.image.resize"] = "squash"
+    if config.data.caption_augment.mixgen:
+        settings["data.caption_augment.mixgen"] = "0"
+    if settings:
+        raise UserError(
+            f"model.image.cache_features: no image is ever the same twice; set "
+            f"{' '.join(f'{key}={value}' for key, value in settings.items())}, or model.image.cache_features=false"
+        )

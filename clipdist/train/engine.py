@@ -33,7 +33,9 @@ class Inputs(NamedTuple):
         parts = []
         for images, tokens, mask in zip(*(tensor.split(rows) for tensor in self), strict=True):
             longest = int(mask.sum(1).max())  # captions are padded on the right
-            parts.append(Inputs(images, tokens[:, :longest], mask[:, :longest]))
+            # Copies: compiled towers have a graph for each layout and offset of views.
+            words = (captions[:, :longest].clone(memory_format=torch.contiguous_format) for captions in (tokens, mask))
+            parts.append(Inputs(images, *words))
         return parts
 
 

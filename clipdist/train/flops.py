@@ -39,9 +39,16 @@ class FlopCount:
         an addition count as two. Leaves random states as they were."""
         return global_batch * self.of_a_pair(stage, tokens) + loss_flops(global_batch, self._model.config.width)
 
-    def of_a_pair(self, stage: StageConfig, tokens: int) -> float:
-        """Operations of both towers, forward and backward, for one pair."""
+    def of_a_locked_tower(self, name: str, stage: StageConfig, tokens: int) -> float:
+        """Of `of_a_pair`, what the tower `name` has, which trains nowhere in this stage."""
+        return self.of_a_pair(stage, tokens) - self.of_a_pair(stage, tokens, without=name)
+
+    def of_a_pair(self, stage: StageConfig, tokens: int, without: str = "") -> float:
+        """Operations of both towers, forward and backward, for one pair; `without` names a locked tower that is not
+        run."""
         model = copy_of_shape(self._model, torch.device("cpu"))
+        if without:
+            model.feature_sources = {without: lambda tower, *inputs: torch.zeros(ROWS, tower.width)}
         apply_stage(model, stage, self._unused)
         model.train()
         for module in model.modules():

@@ -103,6 +103,17 @@ def check_engine(config: "RunConfig") -> None:
         _check_fsdp(config)
     elif asked == "deepspeed":
         _check_deepspeed(config)
+    gathers = asked == "fsdp" or (asked == "deepspeed" and _stage(config) == 3)
+    cached = [name for name in ("image", "text") if getattr(config.model, name).cache_features]
+    if gathers and cached:
+        raise UserError(
+            f"model.{cached[0]}.cache_features needs towers that a rank can run by itself, and FSDP2 and ZeRO 3 gather "
+            f"their weights from all; set it to false, or use gpu.yaml, zero1.yaml or zero2.yaml"
+        )
+
+
+def _stage(config: "RunConfig") -> int:
+    return int(deepspeed_config(config)["zero_optimization"]["stage"])
 
 
 def _check_fsdp(config: "RunConfig") -> None:
@@ -124,8 +135,7 @@ def _check_deepspeed(config: "RunConfig") -> None:
         raise UserError("the launcher asks for DeepSpeed, which is not installed; run: pip install deepspeed")
     if config.train.precision == "fp16":
         raise UserError("train.precision=fp16 is not trained with DeepSpeed; use bf16 or fp32, or another engine")
-    stage = deepspeed_config(config)["zero_optimization"]["stage"]
-    if stage == 3 and config.train.ema:
+    if _stage(config) == 3 and config.train.ema:
         raise UserError("train.ema is not kept with ZeRO stage 3; set it to 0, or use zero2.yaml or fsdp2.yaml")
     if config.train.compile:
         raise UserError("train.compile is not supported with DeepSpeed; set it to false, or use another engine")

@@ -35,6 +35,7 @@ from clipdist.train.checkpoint import CheckpointSaver, read_checkpoint
 from clipdist.train.config import check
 from clipdist.train.ema import WeightAverage
 from clipdist.train.engine import Engine, Inputs
+from clipdist.train.feature_cache import FeatureCaches
 from clipdist.train.flops import FlopCount
 from clipdist.train.launched import make_accelerator, make_engine
 from clipdist.train.metrics import MetricsWriter, arithmetic, communication, device_peak, last_step, memory
@@ -136,7 +137,8 @@ class Trainer:
         model = settle_batch_norm(model, self.device, self.world.world_size, rows // self.micro_batch)
         if config.train.compile:
             model.image.compile()
-            model.text.compile()
+            # Captions are as long as a batch's longest: one graph for every length, the same wherever a run goes on.
+            model.text.compile(dynamic=True)
         self.sizes = {name: p.numel() for name, p in model.named_parameters()}
         towers = {part: sum(n for name, n in self.sizes.items() if part_of(name) == part) for part in ("image", "text")}
         self.parameters = {f"{part} tower": size for part, size in towers.items()}
@@ -145,6 +147,7 @@ class Trainer:
         self.engine: Engine = make_engine(self.accelerator, model, config)
         self.average = WeightAverage(self.engine, config.train.ema) if config.train.ema else None
         self.stage: StageConfig | None = None
+        self.features = FeatureCaches(config, self.engine, self.folder)
 
     @property
     def model(self) -> DualEncoder:
@@ -173,9 +176,14 @@ class Trainer:
     def enter_epoch(self, epoch: int) -> None:
         """Freezes and thaws by the recipe's stages, and wraps the model anew when that changed anything."""
         stage = stage_of(self.config.train.stages, epoch)
-        if stage == self.stage:
-            return
+        if stage != self.stage:
+            self._enter_stage(stage, epoch)
+        self.features.enter(epoch, stage.from_epoch, self.order.steps_per_epoch)
+
+    def _enter_stage(self, stage: StageConfig, epoch: int) -> None:
         self.stage, self.step_flops = stage, None
+        if self.config.train.compile:
+            torch.compiler.reset()  # no graph of the stage before fits, and torch keeps eight of a tower at most
         apply_stage(self.model, stage, self.unused)
         self.model.train()
         self.engine.enter_stage()
@@ -273,6 +281,7 @@ class Trainer:
             assert self.stage is not None, "enter_epoch comes first"
             tokens = batch.token_ids_bT.shape[1]
             self.step_flops = self.flop_count.of_a_step(self.stage, tokens, self.order.global_batch)
+            self.features.count_flops(self.flop_count, self.stage, tokens)
 
     def _note_step(self, batch: Batch, finite: bool) -> None:
         self.progress.step = batch.step + 1
@@ -324,9 +333,12 @@ class Trainer:
             record["perf/checkpoint_stall_seconds"] = interval.checkpoint_seconds
         if interval.skipped:
             record["train/skipped_steps"] = interval.skipped
+        shares = self.features.shares(interval.steps)
+        record |= {f"perf/{name}_features_computed": share for name, share in shares.items()}
         if self.step_flops:
+            flops = self.step_flops - self.features.spared_flops(shares)
             peak = device_peak(self.device, self.config.train.precision)
-            record |= arithmetic(self.step_flops, record["perf/step_seconds"], self.world.world_size, peak)
+            record |= arithmetic(flops, record["perf/step_seconds"], self.world.world_size, peak)
         if self.writer:
             self.writer.write(self.progress.step, self.epoch_of(self.progress.step - 1), record)
         self.interval = Interval()
@@ -345,6 +357,7 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of the current step; it may still be being written when this returns."""
         began = time.perf_counter()
+        self.features.sync()  # on all ranks, before any of them writes
         digest = self.digest()
         engine = self.engine
         weights, optimizer = (
@@ -459,6 +472,7 @@ class Trainer:
 
     def close(self) -> None:
         """Leaves the process group, after every rank has come this far and the last checkpoint is complete."""
+        self.features.close()
         if self.saver:
             self.saver.wait()
         if self.writer:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,34 @@ def test_a_launcher_that_starts_too_few_processes_is_stopped(recipe: Callable[..
     assert done.returncode != 0
     assert "accelerate launch asks for 2 processes, but 1 are connected" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def average_rank(rank: int, world_size: int, recipe: str, overrides: list[str], steps: int) -> dict[str, torch.Tensor]:
+    """The averages that this rank has after `steps` steps; its run is left with a checkpoint of them."""
+    from clipdist.config import load_config
+    from clipdist.train.trainer import Trainer
+
+    trainer = Trainer(load_config(Path(recipe), overrides))
+    for batch in islice(trainer.batches(), steps):
+        trainer.enter_epoch(trainer.epoch_of(batch.step))
+        trainer.step(batch)
+    trainer.save()
+    trainer.close()
+    assert trainer.average is not None
+    assert trainer.average.steps == trainer.progress.step
+    return trainer.average.averages
+
+
+def test_averages_of_two_ranks_are_those_of_one_process(recipe: Callable[..., Path]) -> None:
+    """And are the same bits after a start from a checkpoint; one process takes over what two have averaged."""
+    path = str(recipe(train__ema=0.9, train__stages=[{"from_epoch": 0, "text": "none"}, {"from_epoch": 1}]))
+    (alone,) = run_ranks(1, average_rank, path, ["name=alone"], 10)
+    ranks = run_ranks(2, average_rank, path, ["name=two"], 10)
+    begun = run_ranks(2, average_rank, path, ["name=resumed"], 5)
+    resumed = run_ranks(2, average_rank, path, ["name=resumed"], 5)
+    (elsewhere,) = run_ranks(1, average_rank, path, ["name=two"], 0)
+    for name, average in alone.items():
+        for one in (*ranks, *resumed, elsewhere):
+            assert torch.equal(one[name], ranks[0][name]), name
+        torch.testing.assert_close(ranks[0][name], average, atol=1e-4, rtol=1e-3, msg=name)
+    assert any(not torch.equal(begun[0][name], average) for name, average in ranks[0].items())

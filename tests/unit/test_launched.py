@@ -89,6 +89,7 @@ def test_our_files_are_taken_and_completed(path: Path, said: Callable[..., None]
 
 
 ZERO = {"stage": 2}
+LOCKED = ["model.text.cache_features=true", "train.stages=[{from_epoch: 0, text: none}]"]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +108,7 @@ ZERO = {"stage": 2}
         ({"zero_optimization": ZERO, "train_batch_size": 7}, [], "train_batch_size=7, but the recipe makes it 24"),
         ({"zero_optimization": {**ZERO, "offload_param": {"device": "nvme"}}}, [], "offload_param.device=nvme"),
         ({"zero_optimization": {"stage": 3}}, ["train.ema=0.9"], "train.ema is not kept with ZeRO stage 3"),
+        ({"zero_optimization": {"stage": 3}}, LOCKED, "model.text.cache_features needs towers that a rank can run"),
         ({"zero_optimization": ZERO}, ["train.compile=true"], "train.compile is not supported with DeepSpeed"),
     ],
 )

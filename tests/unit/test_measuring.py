@@ -65,6 +65,13 @@ def test_a_towers_arithmetic_is_what_a_hand_counts(recipe: Recipe) -> None:
     assert trained == 2 * text_tower(model, 8) + 2 * head
 
 
+def test_a_locked_tower_that_is_not_run_takes_nothing(recipe: Recipe) -> None:
+    model, count = counted(recipe(), [])
+    encoder: Any = model.text.model
+    pooler = 2 * encoder.pooler.dense.weight.numel()  # whose output nobody looks at
+    assert count.of_a_locked_tower("text", StageConfig(text="none"), 8) == text_tower(model, 8) + pooler
+
+
 def test_the_loss_is_counted_by_formula(recipe: Recipe) -> None:
     _, count = counted(recipe(), [])
     assert loss_flops(1000, 32) == 3 * 2 * 1000 * 1000 * 32

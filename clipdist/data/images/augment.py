@@ -68,6 +68,26 @@ class AugmentConfig:
     speckle: Amount = 0.0
     """Largest standard deviation of speckle (multiplicative noise, as in ultrasound), as a share of the grey level."""
 
+    @property
+    def undone(self) -> dict[str, str]:
+        """Of the keys that make an image another one each time, the values that would not."""
+        amounts = (
+            "rotate_degrees",
+            "brightness",
+            "contrast",
+            "saturation",
+            "hue",
+            "blur",
+            "noise",
+            "poisson",
+            "speckle",
+        )
+        sometimes = ("flip_horizontal", "flip_vertical", "greyscale", "invert")
+        found = {} if self.crop_area == (1.0, 1.0) else {"crop_area": "[1, 1]"}
+        found |= {key: "0" for key in sometimes if 0 < getattr(self, key) < 1}
+        found |= {"quarter_turns": "false"} if self.quarter_turns else {}
+        return found | {key: "0" for key in amounts if getattr(self, key)}
+
 
 class Choices(NamedTuple):
     """Every random choice about an image: numbers from 0 to 1, and the seed of its noise."""

@@ -1,0 +1,100 @@
+"""What the folders of runs tell about them, without asking the processes that train."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipdist.errors import UserError
+
+STOP = "stop"
+"""A file of this name in a run's folder: the next stop on request is for good, and no job goes back into the queue."""
+QUIET_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class RunState:
+    """`state`: new, training, quiet (no line for a while: waiting in a queue, validating, stopped or dead), stopping or
+    finished."""
+
+    name: str
+    state: str
+    step: int
+    loss: float | None
+    pairs_per_second: float | None
+    score: float | None
+    """What `evaluate.monitor` chose the best model by."""
+    seconds_since: float | None
+    """Since the last line of the metrics."""
+    starts: int
+    lost_steps: int
+    job: str
+    """SLURM's number of the last start's job; empty without."""
+
+
+def read_runs(folders: list[Path]) -> list[RunState]:
+    """Of each folder that is a run, and of the runs in each that holds some; the latest last.
+
+    Raises `UserError` where there is none.
+    """
+    found = [path for folder in folders for path in _runs_in(folder)]
+    if not found:
+        raise UserError(f"{', '.join(map(str, folders))}: no run there; expected runs/<name>, or a folder of runs")
+    return sorted(map(read_run, found), key=lambda run: -(run.seconds_since or 0.0))
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    if (folder / "config.yaml").exists():
+        return [folder]
+    return sorted(path.parent for path in folder.glob("*/config.yaml"))
+
+
+def read_run(folder: Path) -> RunState:
+    training: dict[str, Any] = {}
+    metrics = folder / "metrics.jsonl"
+    for record in _records(metrics):
+        training = record if "train/loss" in record else training
+    state = _newest_state(folder)
+    environment = folder / "environment.json"
+    starts = json.loads(environment.read_text(encoding="utf-8"))["starts"] if environment.exists() else []
+    since = time.time() - metrics.stat().st_mtime if metrics.exists() else None
+    if state.get("finished"):
+        word = "finished"
+    elif (folder / STOP).exists():
+        word = "stopping" if since is not None and since < QUIET_SECONDS else "stopped"
+    elif since is None:
+        word = "new"
+    else:
+        word = "training" if since < QUIET_SECONDS else "quiet"
+    return RunState(
+        name=folder.name,
+        state=word,
+        step=int(training.get("step", 0)),
+        loss=training.get("train/loss"),
+        pairs_per_second=training.get("perf/samples_per_second"),
+        score=state.get("best"),
+        seconds_since=since,
+        starts=len(starts),
+        lost_steps=sum(start.get("lost_steps", 0) for start in starts),
+        job=str(starts[-1].get("job", "")) if starts else "",
+    )
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue  # being written just now, or torn by a kill
+    return found
+
+
+def _newest_state(folder: Path) -> dict[str, Any]:
+    try:
+        latest = (folder / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+        state: dict[str, Any] = json.loads((folder / "checkpoints" / latest / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return state

@@ -338,7 +338,11 @@ def _checkpoint_hugging_face(model: Any) -> None:
             f"model.text.checkpoint_activations: {model.config.model_type} cannot; set it to false, or lower "
             f"train.micro_batch instead"
         )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    words = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=words)
+    else:  # of earlier transformers; the later ones are to lose it with version 6
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=words)
 
 
 def _auto_model(config: transformers.PretrainedConfig) -> Any:

@@ -3,6 +3,8 @@
 import json
 import logging
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -229,3 +231,23 @@ def test_the_table_tells_of_the_slowest_rank() -> None:
     said = table("heading", [profile(0.02), profile(0.04)])
     assert re.search(r"^loss +30\.00 .* 40\.00 \(rank 1\)", said, re.M)
     assert "features: 2.0 MB in 2.00 ms" in said
+
+
+OF_A_CHILD = """
+import torch
+from clipdist.train.metrics import memory
+print(memory(torch.device("cpu"))["perf/memory_gib"])
+"""
+OF_A_PARENT = """
+import subprocess, sys
+held = b"1" * 1_500_000_000
+del held
+sys.exit(subprocess.run([sys.executable, "-c", sys.argv[1]]).returncode)
+"""
+
+
+def test_memory_is_not_that_of_the_process_that_started_this_one() -> None:
+    """A launcher or a notebook may have held much more."""
+    done = subprocess.run([sys.executable, "-c", OF_A_PARENT, OF_A_CHILD], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 0.05 < float(done.stdout) < 1.2

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from clipdist.config import load_config
 from clipdist.errors import UserError
 from clipdist.model.build import build_model
+from clipdist.model.towers import _checkpoint_hugging_face
 from clipdist.train.ema import WeightAverage
 from clipdist.train.loop import train
 from clipdist.train.trainer import Trainer
@@ -96,6 +97,21 @@ def test_what_a_tower_cannot_do_is_refused_in_one_line(tower: str, word: str, me
     with pytest.raises(UserError, match=message) as caught:
         Trainer(load_config(recipe(model__image__name=tower), [word]))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_hugging_face_is_asked_by_the_name_of_its_version(recipe: Recipe) -> None:
+    """The older name warns where there is the newer one, and is all there is in earlier versions."""
+    tokenizer = train_wordpiece(CAPTIONS, 100, 16)
+    text: Any = build_model(load_config(recipe(), [CHECKPOINTED[1]]).model, tokenizer, 0).text
+    assert any(getattr(module, "gradient_checkpointing", False) for module in text.model.modules())
+    asked: list[Any] = []
+    old = SimpleNamespace(supports_gradient_checkpointing=True)
+    old.gradient_checkpointing_enable = lambda gradient_checkpointing_kwargs: asked.append(
+        gradient_checkpointing_kwargs
+    )
+    _checkpoint_hugging_face(old)
+    assert asked == [{"use_reentrant": False}]
 
 
 def test_a_tower_that_cannot_compute_twice_says_so(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

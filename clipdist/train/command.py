@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         code = run(args)
         for number in STOP_SIGNALS:  # one that comes late would end the interpreter while it ends
             signal.signal(number, signal.SIG_IGN)
-        # A launcher takes whatever is not 0 for a failure and prints a page about it; whoever reads the note needs none.
+        # A launcher takes whatever is not 0 for a failure, and prints a page; whoever reads the note needs none.
         return 0 if note_exit_code(code) else code
     except (UserError, WorkerKilled) as error:
         note_exit_code(2 if isinstance(error, UserError) else 1)

@@ -223,3 +223,18 @@ def test_an_end_for_good(start: Callable[..., Job]) -> None:
     assert job.finish()["Restarts"] == "0"
     assert "stopped for good" in job.said()
     assert (job.run / "checkpoints" / "latest").exists()
+
+
+def test_packing_and_scoring_are_jobs_of_their_own(
+    slurm: LocalSlurm, undisturbed: Path, raw: Path, tmp_path: Path
+) -> None:
+    log = f"--output={tmp_path / 'log'}"
+    packed = slurm.submit(
+        log, "slurm/pack.sh", "shards/skincap.py", str(raw), "--out", str(tmp_path / "set"), "--side", "48", cwd=ROOT
+    )
+    slurm.wait(packed)
+    assert (tmp_path / "set" / "manifest.json").exists()
+    model = undisturbed / "runs" / "tiny" / "model"
+    words = ["--data", str(tmp_path / "set"), "--split", "val", "--out", str(tmp_path / "scores")]
+    slurm.wait(slurm.submit(log, "slurm/evaluate.sh", str(model), *words, cwd=ROOT))
+    assert list((tmp_path / "scores").glob("*.json"))

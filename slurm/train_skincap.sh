@@ -46,7 +46,8 @@ attempt=0
 while :; do
     code=0
     srun --ntasks-per-node=1 --kill-on-bad-exit=0 clipdist node "$RECIPE" "$@" \
-        --processes-per-node "$PROCESSES_PER_NODE" --accelerate-config "$ACCELERATE_CONFIG" --attempt "$attempt" || code=$?
+        --processes-per-node "$PROCESSES_PER_NODE" --accelerate-config "$ACCELERATE_CONFIG" \
+        --shared "$(dirname "$run")/.jobs" --attempt "$attempt" || code=$?
     case $code in
         0) break ;;
         2) exit 2 ;;

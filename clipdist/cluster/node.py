@@ -5,7 +5,6 @@ The launcher itself says 1 whatever its processes said, and dies of the signals 
 each rank notes its exit code in a folder of this node's, and the launcher ignores what is meant for the ranks.
 """
 
-import logging
 import os
 import signal
 import socket
@@ -24,8 +23,6 @@ from clipdist import world
 from clipdist.data.shards import write_atomically
 from clipdist.errors import UserError
 from clipdist.world import Allocation
-
-logger = logging.getLogger(__name__)
 
 PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 FIRST_PORT, PORTS = 20_000, 10_000  # below the range that systems give to outgoing connections

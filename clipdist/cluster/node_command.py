@@ -16,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes-per-node", type=int, default=0, metavar="N", help="default: one for each GPU that the job has here"
     )
     parser.add_argument("--accelerate-config", type=Path, default=Path("launch/accelerate/gpu.yaml"), metavar="FILE")
+    parser.add_argument(
+        "--shared", type=Path, default=Path("runs/.jobs"), metavar="DIR", help="folder that all nodes see (runs/.jobs)"
+    )
     parser.add_argument("--attempt", type=int, default=0, metavar="N", help="which start within this allocation (0)")
     parser.add_argument(
         "--rendezvous-seconds", type=float, default=300.0, metavar="S", help="how long to wait for the first node (300)"
@@ -25,11 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from clipdist import world
     from clipdist.cluster.node import run_node
-    from clipdist.config import load_config
     from clipdist.errors import UserError
-    from clipdist.train.command import configure_logging
 
-    configure_logging()
     allocation = world.allocation()
     if allocation is None:
         raise UserError(
@@ -38,13 +38,12 @@ def run(args: argparse.Namespace) -> int:
     processes = args.processes_per_node or allocation.gpus
     if processes < 1:
         raise UserError("the job has no GPUs on this node; ask for some, or set --processes-per-node")
-    config = load_config(args.recipe, args.overrides)
     return run_node(
         allocation,
         processes,
         args.accelerate_config,
         [str(args.recipe), *args.overrides],
         attempt=args.attempt,
-        shared=Path(config.runs) / ".jobs",
+        shared=args.shared,
         rendezvous_seconds=args.rendezvous_seconds,
     )

@@ -103,7 +103,7 @@ def _write(
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """A copy on the CPU in the ordinary layout: safetensors refuses shared and rearranged memory."""
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> "SavedModel":

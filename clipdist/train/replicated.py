@@ -28,6 +28,25 @@ class ReplicatedEngine(Engine):
             self.accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
             self.accelerator.free_memory()
         self._wrapped = self.accelerator.prepare_model(self.model)
+        self._settle_buckets()
+
+    def _settle_buckets(self) -> None:
+        """After its first step DDP deals gradients to buckets anew, by the order in which they came, and where in a
+        bucket a number lies decides in which order three ranks or more add it up. The first step after a restart would
+        round otherwise than that step in a run that was not stopped; so the first one is an empty one."""
+        if not isinstance(self._wrapped, DistributedDataParallel):
+            return
+        own = vars(self.model).get("forward")  # Accelerate's, for half precision
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.forward = lambda: sum(p.sum() * 0 for p in parameters)  # type: ignore[method-assign,assignment]
+        try:
+            self._wrapped().backward()
+        finally:
+            if own is None:
+                del self.model.forward
+            else:
+                self.model.forward = own  # type: ignore[method-assign]
+        self._wrapped.zero_grad(set_to_none=True)
 
     def forward(self, inputs: Inputs) -> Encoded:
         assert self._wrapped is not None, "enter_stage comes first"

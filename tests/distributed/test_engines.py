@@ -96,10 +96,12 @@ def assert_equal(found: Taken, truth: Taken, nan_at: int = -1) -> None:
             assert (state[name][what] - value).norm() <= 1e-3 * value.norm() + 1e-7, f"{what} of {name}"
 
 
-SOME = [pytest.param(name, marks=[] if name in ("fsdp2", "zero2", "zero3") else pytest.mark.slow) for name in SHARDING]
+def some(names: list[str], *quick: str) -> list[Any]:
+    """As parameters of a test, of which these are of the quick suite."""
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", some(SHARDING, "fsdp2", "zero3"))
 def test_ten_steps_are_those_of_one_process(name: str, recipe: Recipe, taken_by_one: dict[Any, Taken]) -> None:
     """Weights, moments, norms and the temperature, which meets its bound; clipped, and in micro-batches on the second
     of the two losses, on three ranks, whose parts are of unequal sizes."""
@@ -115,7 +117,7 @@ def test_ten_steps_are_those_of_one_process(name: str, recipe: Recipe, taken_by_
         assert any(step["scale"] == pytest.approx(1 / 0.0703) for step in truth[0])
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("name", some(["fsdp2", "zero2", "zero3"], "zero2"))
 def test_micro_batches_with_dropout_and_a_step_that_is_not_finite(name: str, recipe: Recipe) -> None:
     """As replicas on as many ranks, which draw the same. The step that is not finite changes nothing, the next one is
     unaffected."""
@@ -152,7 +154,9 @@ STAGES = [{"from_epoch": 0, "image": 2, "text": "none"}, {"from_epoch": 1}]
     ("chain", "words"),
     [
         ([("zero2", 2), ("fsdp2", 3), ("none", 2), ("zero1", 2)], ["train.ema=0.9"]),
-        ([("none", 1), ("zero3", 2), ("fsdp2", 2), ("zero3", 3)], ["train.micro_batch=4"]),
+        pytest.param(
+            [("none", 1), ("zero3", 2), ("fsdp2", 2), ("zero3", 3)], ["train.micro_batch=4"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_run_goes_on_with_another_engine_and_world(
@@ -179,7 +183,7 @@ def test_a_run_goes_on_with_another_engine_and_world(
     assert max(apart.values()) < 5e-3, "of weights that the run has moved by more than 0.02"
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("name", some(["fsdp2", "zero2", "zero3"], "fsdp2"))
 def test_bfloat16_is_that_of_replicas(name: str, recipe: Recipe, tmp_path: Path) -> None:
     """Float32 weights under autocast in every engine, so that they differ by roundings only."""
     path = str(recipe(train__epochs=1))
@@ -192,7 +196,7 @@ def test_bfloat16_is_that_of_replicas(name: str, recipe: Recipe, tmp_path: Path)
     assert scales[1] == pytest.approx(scales[0], rel=2e-3), "the temperature is not rounded to bfloat16"
 
 
-@pytest.mark.parametrize("name", ["none", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("name", some(["none", "fsdp2", "zero2", "zero3"], "none"))
 def test_three_ranks_go_on_to_the_same_bits(name: str, recipe: Recipe, tmp_path: Path) -> None:
     """Three numbers add up otherwise in another order, and so does what an engine sums in another layout."""
     path = str(recipe(train__epochs=1, model__projection__dropout=0.1))

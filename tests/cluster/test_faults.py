@@ -211,7 +211,7 @@ def test_a_wrong_recipe_is_not_tried_again(start: Callable[..., Job]) -> None:
     job = start(words=["train.epochz=3"])
     found = job.slurm.wait(job.number, ("FAILED",))
     assert (found["ExitCode"], found["Restarts"]) == ("2:0", "0")
-    assert "unknown key train.epochz; did you mean train.epochs?" in job.said()
+    assert "unknown key train.epochz; did you mean epochs?" in job.said()
 
 
 def test_an_end_for_good(start: Callable[..., Job]) -> None:
@@ -228,13 +228,11 @@ def test_an_end_for_good(start: Callable[..., Job]) -> None:
 def test_packing_and_scoring_are_jobs_of_their_own(
     slurm: LocalSlurm, undisturbed: Path, raw: Path, tmp_path: Path
 ) -> None:
-    log = f"--output={tmp_path / 'log'}"
-    packed = slurm.submit(
-        log, "slurm/pack.sh", "shards/skincap.py", str(raw), "--out", str(tmp_path / "set"), "--side", "48", cwd=ROOT
-    )
-    slurm.wait(packed)
+    options = (f"--output={tmp_path / 'log'}", "--cpus-per-task=2")
+    words = ["shards/skincap.py", str(raw), "--out", str(tmp_path / "set"), "--side", "48"]
+    slurm.wait(slurm.submit(*options, "slurm/pack.sh", *words, cwd=ROOT))
     assert (tmp_path / "set" / "manifest.json").exists()
     model = undisturbed / "runs" / "tiny" / "model"
     words = ["--data", str(tmp_path / "set"), "--split", "val", "--out", str(tmp_path / "scores")]
-    slurm.wait(slurm.submit(log, "slurm/evaluate.sh", str(model), *words, cwd=ROOT))
+    slurm.wait(slurm.submit(*options, "slurm/evaluate.sh", str(model), *words, cwd=ROOT))
     assert list((tmp_path / "scores").glob("*.json"))

@@ -88,7 +88,7 @@ def outcome(launcher: int, codes: Sequence[int], processes: int) -> int:
         return FINISHED
     if len(codes) == processes and set(codes) <= {FINISHED, STOPPED}:
         return STOPPED
-    return launcher if launcher in (FINISHED, WRONG) and not codes else CRASHED
+    return WRONG if launcher == WRONG and not codes else CRASHED
 
 
 def _watch(launcher: subprocess.Popen[bytes], codes: Path, asked: list[int], failed: Path) -> None:

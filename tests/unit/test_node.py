@@ -31,7 +31,7 @@ from clipdist.world import Allocation
         (1, [2], 2),
         (1, [1, 75], 1),
         (2, [], 2),  # the launcher itself found its words wrong
-        (0, [], 0),
+        (0, [], 1),  # what has not noted its end has not trained
         (0, [0], 1),
     ],
 )

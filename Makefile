@@ -62,10 +62,11 @@ test-all: lint  ## Lint and every test but those on a SLURM
 	$(BIN)/python -m pytest -m "not cluster"
 
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
+CLUSTER_TESTS ?= cluster
 test-cluster: $(VENV)/.installed-dev  ## The tests on a real SLURM, on this machine; as root installs Debian's packages for it
 	@command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v sbatch >/dev/null && command -v munged >/dev/null \
 		|| { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends $(SLURM_PACKAGES) >/dev/null; }
-	CLIPDIST_CLUSTER_TESTS=1 $(BIN)/python -m pytest -m cluster tests/cluster
+	CLIPDIST_CLUSTER_TESTS=1 $(BIN)/python -m pytest -m "$(CLUSTER_TESTS)" tests/cluster
 
 clean:  ## Remove the environment and caches; data/ and runs/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist clipdist.egg-info

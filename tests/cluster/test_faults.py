@@ -113,7 +113,7 @@ def test_to_the_end(undisturbed: Path) -> None:
     assert (run / "report.html").exists()
 
 
-@pytest.mark.parametrize("number", ["USR1", "TERM"])
+@pytest.mark.parametrize("number", ["USR1", pytest.param("TERM", marks=pytest.mark.slow)])
 def test_a_signal(number: str, start: Callable[..., Job], undisturbed: Path) -> None:
     """As SLURM sends it ahead of the time limit, or a user by scancel: it saves, and goes on after a requeue."""
     job = start()
@@ -135,6 +135,7 @@ def test_a_rank_is_killed(start: Callable[..., Job], undisturbed: Path) -> None:
     assert_the_same(job.run, undisturbed)
 
 
+@pytest.mark.slow
 def test_requeued_by_hand(start: Callable[..., Job], undisturbed: Path) -> None:
     job = start()
     job.reach(6)
@@ -175,7 +176,7 @@ def test_a_node_crashes(slurm: LocalSlurm, start: Callable[..., Job], undisturbe
     assert_the_same(job.run, undisturbed)
 
 
-@pytest.mark.parametrize("partition", ["low", "kind"])
+@pytest.mark.parametrize("partition", [pytest.param("low", marks=pytest.mark.slow), "kind"])
 def test_preempted(partition: str, slurm: LocalSlurm, start: Callable[..., Job], undisturbed: Path) -> None:
     """By a job that may: killed at once, or after a grace in which the run saves."""
     job = start(f"--partition={partition}", "--nodelist=n1,n2")
@@ -193,6 +194,7 @@ def test_preempted(partition: str, slurm: LocalSlurm, start: Callable[..., Job],
     assert_the_same(job.run, undisturbed)
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoint_is_damaged(start: Callable[..., Job], undisturbed: Path) -> None:
     job = start()
     job.reach(14)

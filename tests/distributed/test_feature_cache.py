@@ -18,7 +18,7 @@ def names(run: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize(("processes", "kill"), [(1, 3), (2, 9)])
+@pytest.mark.parametrize(("processes", "kill"), [(1, 3), pytest.param(2, 9, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_same_bits(processes: int, kill: int, recipe: Recipe, tmp_path: Path) -> None:
     """kill -9 in the first epoch, while features are computed, and in the second, when they are read."""
     path = recipe(**LOCKED, checkpoint__every_steps=2, train__epochs=3, train__micro_batch=6, data__val_split="")
@@ -35,6 +35,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(processes: int, kill: int, recipe
     assert [shares[step] for step in (1, 7, 8, 21)] == [1, 1, 0, 0]
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_uses_what_is_there(recipe: Recipe, tmp_path: Path) -> None:
     """Two, killed in the first epoch; three end it. The losses are those of one process without features on disk."""
     path = recipe(**LOCKED, checkpoint__every_steps=2, train__epochs=3, data__val_split="")

@@ -70,7 +70,7 @@ def run_node(
         failed = shared / (meeting + ".failed")
         _watch(launcher, codes, asked, failed)
         code = outcome(launcher.returncode, _codes(codes), processes)
-        if code == CRASHED and not failed.exists():
+        if code == CRASHED:
             failed.touch()
     return code
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdist.errors import UserError
+from clipdist.evaluate.report import read_metrics
 
 STOP = "stop"
 """A file of this name in a run's folder: the next stop on request is for good, and no job goes back into the queue."""
@@ -53,7 +54,8 @@ def _runs_in(folder: Path) -> list[Path]:
 def read_run(folder: Path) -> RunState:
     training: dict[str, Any] = {}
     metrics = folder / "metrics.jsonl"
-    for record in _records(metrics):
+    records, _ = read_metrics(metrics) if metrics.exists() else ([], 0)
+    for record in records:
         training = record if "train/loss" in record else training
     state = _newest_state(folder)
     environment = folder / "environment.json"
@@ -79,16 +81,6 @@ def read_run(folder: Path) -> RunState:
         lost_steps=sum(start.get("lost_steps", 0) for start in starts),
         job=str(starts[-1].get("job", "")) if starts else "",
     )
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue  # being written just now, or torn by a kill
-    return found
 
 
 def _newest_state(folder: Path) -> dict[str, Any]:

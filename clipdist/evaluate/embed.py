@@ -114,8 +114,10 @@ def _encode(
     found: list[torch.Tensor] = []
     while True:
         item = next(items, None)
-        more = torch.tensor([item is not None], dtype=torch.int64, device=device)
-        if not (world.max_over_ranks(more) if in_step else more):
+        more = item is not None
+        if in_step:
+            more = bool(world.max_over_ranks(torch.tensor([int(more)], device=device)))
+        if not more:
             return found
         made = encode(blank if item is None else item)
         heartbeat.beat()

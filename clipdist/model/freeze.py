@@ -4,7 +4,6 @@ import logging
 from typing import Literal
 
 import torch
-from torch import nn
 
 from clipdist.errors import UserError
 from clipdist.model.dual_encoder import DualEncoder
@@ -87,7 +86,3 @@ def unused_parameters(model: DualEncoder) -> frozenset[str]:
     if unused:
         logger.info("%d parameters never reach the output and stay frozen: %s", len(unused), ", ".join(sorted(unused)))
     return frozenset(unused)
-
-
-def trainable_count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

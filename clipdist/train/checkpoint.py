@@ -96,9 +96,8 @@ class CheckpointSaver:
         """The same of tensors that lie in parts on the ranks: each writes its own, and rank 0 completes the checkpoint
         when all have."""
         self.wait()
-        moments = {f"{kind}/{name}": value for name, kept in optimizer.items() for kind, value in kept.items()}
         parts = {f"{MODEL}{name}": tensor for name, tensor in model.items()}
-        parts |= {f"{OPTIMIZER}{name}": tensor for name, tensor in moments.items()}
+        parts |= {f"{OPTIMIZER}{name}": tensor for name, tensor in _moments(optimizer).items()}
         main = world.connected().is_main
         if main:
             with disk_errors(self.folder):
@@ -144,9 +143,13 @@ class CheckpointSaver:
 
 def checkpoint_files(model: dict[str, Tensor], optimizer: OptimizerState) -> dict[str, dict[str, Tensor]]:
     """What `save_checkpoint` writes: copies on the CPU, by file."""
-    moments = {f"{kind}/{name}": value for name, kept in optimizer.items() for kind, value in kept.items()}
-    files = dict(zip(WHOLE, (model, moments), strict=True))
+    files = dict(zip(WHOLE, (model, _moments(optimizer)), strict=True))
     return {file: {name: plain(tensor) for name, tensor in tensors.items()} for file, tensors in files.items()}
+
+
+def _moments(optimizer: OptimizerState) -> dict[str, Tensor]:
+    """By the names that they are stored under."""
+    return {f"{kind}/{name}": value for name, kept in optimizer.items() for kind, value in kept.items()}
 
 
 def save_checkpoint(

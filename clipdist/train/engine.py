@@ -17,6 +17,7 @@ from clipdist.model.dual_encoder import DualEncoder, Encoded
 from clipdist.train.optim import OptimConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OptimizerState = dict[str, dict[str, Tensor]]
 """Parameter's name -> what the optimiser keeps of it (`exp_avg`, `exp_avg_sq`, `step`), whole tensors on the CPU."""
 

@@ -29,10 +29,8 @@ from torch.utils._pytree import tree_map_only
 from clipdist import world
 from clipdist.model.dual_encoder import DualEncoder, Encoded
 from clipdist.model.towers import ImageTower, TextTower
-from clipdist.train.engine import Engine, Inputs, OptimizerState
-from clipdist.train.optim import OptimConfig, build_optimizer, part_of
-
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from clipdist.train.engine import PRECISIONS, Engine, Inputs, OptimizerState
+from clipdist.train.optim import OptimConfig, build_optimizer, gradient_norms
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class FullyShardedEngine(Engine):
         super().__init__(accelerator, model, optim)
         self._mesh = init_device_mesh(accelerator.device.type, (world.connected().world_size,))
         self._options = options
-        self._half = HALF.get(accelerator.mixed_precision)
+        self._half = PRECISIONS.get(accelerator.mixed_precision)  # which says "no" for float32
         self._shard()
         self.optimizer = build_optimizer(model, optim)
         self._gathers, self._gathers_in_step = 0, 0
@@ -109,18 +107,9 @@ class FullyShardedEngine(Engine):
     def gradient_norms(self) -> dict[str, float]:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        parts: dict[str, list[Tensor]] = {"image": [], "text": [], "head": []}
-        for name, gradient in self._gradients():
-            parts[part_of(name)].append(gradient)
-        device = self.accelerator.device
-        squares = torch.stack(
-            [
-                torch.nn.utils.get_total_norm(own).to(device).square() if own else torch.zeros((), device=device)
-                for own in parts.values()
-            ]
-        )
-        totals = world.sum_over_ranks(squares, "norms").sqrt().tolist()
-        return dict(zip(parts, totals, strict=True))
+        own = gradient_norms(self._gradients())
+        squares = torch.tensor(list(own.values()), device=self.accelerator.device).square()
+        return dict(zip(own, world.sum_over_ranks(squares, "norms").sqrt().tolist(), strict=True))
 
     def update(self, total_norm: float, max_norm: float, finite: bool) -> None:
         if finite and max_norm and total_norm > max_norm:
@@ -167,10 +156,8 @@ class FullyShardedEngine(Engine):
         return self.whole(self.model.state_dict())
 
     def optimizer_state(self) -> OptimizerState:
-        found: OptimizerState = {}
-        for name, parameter in self.model.named_parameters():
-            if kept := self.optimizer.state.get(parameter):
-                found[name] = self.whole(kept)
+        _, parts = self.state_in_parts()
+        found = {name: self.whole(kept) for name, kept in parts.items()}
         return found if self.accelerator.is_main_process else {}
 
     def state_in_parts(self) -> tuple[dict[str, Tensor], OptimizerState]:

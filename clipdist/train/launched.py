@@ -98,14 +98,15 @@ def make_engine(accelerator: Accelerator, model: DualEncoder, config: "RunConfig
 
 def check_engine(config: "RunConfig") -> None:
     """Refuses what the engine cannot do, with a `UserError`; before anything is loaded."""
+    from clipdist.train.feature_cache import cached_towers
+
     asked = kind()
     if asked == "fsdp":
         _check_fsdp(config)
     elif asked == "deepspeed":
         _check_deepspeed(config)
     gathers = asked == "fsdp" or (asked == "deepspeed" and _stage(config) == 3)
-    cached = [name for name in ("image", "text") if getattr(config.model, name).cache_features]
-    if gathers and cached:
+    if gathers and (cached := cached_towers(config.model)):
         raise UserError(
             f"model.{cached[0]}.cache_features needs towers that a rank can run by itself, and FSDP2 and ZeRO 3 gather "
             f"their weights from all; set it to false, or use gpu.yaml, zero1.yaml or zero2.yaml"

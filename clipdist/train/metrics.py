@@ -84,13 +84,11 @@ def device_peak(device: torch.device, precision: str) -> float | None:
 
 def last_step(run: Path) -> int:
     """The last step that a run has logged; 0 before the first."""
-    path, found = run / "metrics.jsonl", 0
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            found = max(found, int(json.loads(line)["step"]))
-        except (ValueError, KeyError, TypeError):
-            continue  # torn by a kill
-    return found
+    from clipdist.evaluate.report import read_metrics
+
+    path = run / "metrics.jsonl"
+    records, _ = read_metrics(path) if path.exists() else ([], 0)
+    return max((int(record.get("step", 0)) for record in records), default=0)
 
 
 class MetricsWriter:

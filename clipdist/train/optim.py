@@ -1,6 +1,7 @@
 """Optimiser and learning-rate schedule."""
 
 import math
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -114,12 +115,11 @@ def part_of(name: str) -> str:
     return part if part in ("image", "text") else "head"
 
 
-def gradient_norms(model: DualEncoder) -> dict[str, float]:
+def gradient_norms(gradients: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
     """L2 norm of the gradient of each part: image, text, and head (projections and temperature)."""
     parts: dict[str, list[torch.Tensor]] = {"image": [], "text": [], "head": []}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            parts[part_of(name)].append(parameter.grad)
+    for name, gradient in gradients:
+        parts[part_of(name)].append(gradient)
     return {part: float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0 for part, grads in parts.items()}
 
 

@@ -66,7 +66,7 @@ class ReplicatedEngine(Engine):
 
     def gradient_norms(self) -> dict[str, float]:
         self.accelerator.unscale_gradients(self.optimizer)
-        return gradient_norms(self.model)
+        return gradient_norms((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None)
 
     def update(self, total_norm: float, max_norm: float, finite: bool) -> None:
         if finite or self.scaler is not None:  # a scaler passes over such a step by itself, and must hear of it

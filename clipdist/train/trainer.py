@@ -34,7 +34,7 @@ from clipdist.train import bad_samples
 from clipdist.train.checkpoint import CheckpointSaver, read_checkpoint
 from clipdist.train.config import check
 from clipdist.train.ema import WeightAverage
-from clipdist.train.engine import Engine, Inputs
+from clipdist.train.engine import PRECISIONS, Engine, Inputs
 from clipdist.train.feature_cache import FeatureCaches
 from clipdist.train.flops import FlopCount
 from clipdist.train.launched import make_accelerator, make_engine
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
     from clipdist.config import RunConfig
 
 logger = logging.getLogger(__name__)
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -101,7 +99,7 @@ class Trainer:
         self.progress = Progress()
         if self.folder.checkpoint:
             self._restore()
-        lost = max(0, last_step(self.folder.path) - self.progress.step)
+        lost = max(0, last_step(self.folder.path) - self.progress.step) if self.world.is_main else 0
         start = {"step": self.progress.step, "lost_steps": lost, "engine": self.engine.name, **world.slurm_job()}
         start |= self.micro_batch_choice
         write_environment(self.folder.path, self.data, self.world, self.device, self.parameters, start)

@@ -132,15 +132,17 @@ def test_what_training_says(trained_run: TrainedRun) -> None:
 
 
 def test_a_second_train_says_finished_and_changes_no_weight(
-    trained_run: TrainedRun, caplog: pytest.LogCaptureFixture
+    trained_run: TrainedRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = contents(trained_run.folder)
+    run = Path(shutil.copytree(trained_run.folder, tmp_path / "runs" / "tiny"))
+    before = contents(run)
     with caplog.at_level("INFO", logger="clipdist"):
-        assert main("train", trained_run.recipe) == (0, "")
-    assert f"{trained_run.folder} is finished: step {STEPS}, nothing to do" in caplog.text
-    after = contents(trained_run.folder)
+        assert main("train", trained_run.recipe, f"runs={tmp_path / 'runs'}") == (0, "")
+    assert f"{run} is finished: step {STEPS}, nothing to do" in caplog.text
+    after = contents(run)
     for name in before:
-        if name not in ("environment.json", ".lock"):  # which count the starts, and name the latest
+        # The first two count the starts and name the latest; the third says where the runs lie.
+        if name not in ("environment.json", ".lock", "config.yaml"):
             assert after[name] == before[name], name
     new = {name for name in after if name not in before}
     assert all(name.startswith("tensorboard/") for name in new), new

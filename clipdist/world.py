@@ -110,6 +110,13 @@ class Allocation:
     """Which of them this is."""
     gpus: int
     """Of this node; 0 without."""
+    slurm: bool = True
+    """False: there is no SLURM, and this stands for the machine at hand."""
+
+    @property
+    def number(self) -> int:
+        """The job as a number, for what must differ between jobs."""
+        return int("".join(filter(str.isdigit, self.job)) or 0)
 
 
 def allocation() -> Allocation | None:

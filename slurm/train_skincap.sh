@@ -42,37 +42,23 @@ if [[ ! -f $data/manifest.json ]]; then
     python shards/skincap.py "${SKINCAP_RAW:?folder with the downloaded SkinCAP, since $data is not packed yet}" --out "$data"
 fi
 
-attempt=0
-while :; do
-    code=0
-    srun --ntasks-per-node=1 --kill-on-bad-exit=0 clipdist node "$RECIPE" "$@" \
-        --processes-per-node "$PROCESSES_PER_NODE" --accelerate-config "$ACCELERATE_CONFIG" \
-        --shared "$(dirname "$run")/.jobs" --attempt "$attempt" || code=$?
-    case $code in
-        0) break ;;
-        2) exit 2 ;;
-        75)
-            if [[ -e $run/stop ]]; then
-                echo "stopped for good, since $run/stop exists; remove it and submit again to go on"
-                exit 0
-            fi
-            echo "stopped with a good checkpoint; back into the queue"
-            scontrol requeue "$SLURM_JOB_ID" || true # preempted, it is there already
-            sleep 60                                 # until SLURM ends this script
-            exit 75
-            ;;
-        *)
-            attempt=$((attempt + 1))
-            if ((attempt > MAX_CRASHES)); then
-                echo "crashed $attempt times (the last time with code $code); giving up: see above, and $run"
-                exit 1
-            fi
-            pause=$((attempt * attempt < 60 ? attempt * attempt : 60))
-            echo "crashed with code $code; start $attempt in this allocation follows in $pause s, from the last checkpoint"
-            sleep "$pause"
-            ;;
-    esac
-done
+code=0
+srun --ntasks-per-node=1 --kill-on-bad-exit=0 clipdist node "$RECIPE" "$@" --max-crashes "$MAX_CRASHES" \
+    --processes-per-node "$PROCESSES_PER_NODE" --accelerate-config "$ACCELERATE_CONFIG" || code=$?
+case $code in
+    0) ;;
+    1 | 2) exit "$code" ;;
+    75)
+        [[ -e $run/stop ]] && exit 0
+        sleep 60 # back in the queue: until SLURM ends this script
+        exit 75
+        ;;
+    *) # a task itself was killed, so that nobody decided
+        echo "srun ended with $code; back into the queue, unless that happened $MAX_CRASHES times"
+        ((${SLURM_RESTART_COUNT:-0} < MAX_CRASHES)) && scontrol requeue "$SLURM_JOB_ID" && sleep 60
+        exit 1
+        ;;
+esac
 
 clipdist eval "$run/model" --data "$data" --split val
 echo "finished: $run/report.html"

@@ -1,5 +1,5 @@
-"""One node's share of a job: starts `accelerate launch` for the node's processes, passes signals on to them, and ends
-with the exit code that they had.
+"""One node's share of a job's processes: starts `accelerate launch` for them, passes signals on to them, and tells what
+they ended with.
 
 The launcher itself says 1 whatever its processes said, and dies of the signals that SLURM announces an end with. So
 each rank notes its exit code in a folder of this node's, and the launcher ignores what is meant for the ranks.
@@ -13,71 +13,146 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
-from clipdist import world
-from clipdist.data.shards import write_atomically
+from clipdist import heartbeat, world
+from clipdist.cluster.meeting import Meeting
 from clipdist.errors import UserError
-from clipdist.world import Allocation
 
-PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 FIRST_PORT, PORTS = 20_000, 10_000  # below the range that systems give to outgoing connections
 GRACE_SECONDS = 5.0
+ALIVE_SECONDS = 10.0
+"""How often a node gives a sign of life."""
 FINISHED, WRONG, STOPPED, CRASHED = 0, 2, 75, 1
 
 
-def run_node(
-    allocation: Allocation,
-    processes: int,
-    accelerate_config: Path,
-    words: Sequence[str],
-    *,
-    attempt: int,
-    shared: Path,
-    rendezvous_seconds: float,
-) -> int:
-    """Runs `clipdist.train` with `words` in `processes` processes of this node, and joins them with the other nodes'.
+class Node:
+    """This node's part of one start of the job's processes, all running `clipdist.train` with `words`.
 
-    Every node of the allocation calls it. `attempt` counts the starts within one allocation; `shared` is a folder that
-    all nodes see. Returns 0 when all ranks here finished, 2 when one found its configuration or input wrong, 75 when
-    all stopped on request, else 1. Raises `UserError` when the first node does not say within `rendezvous_seconds`
-    where to meet.
+    `asked` is where the signals arrive that are to be passed on; whoever handles them appends their numbers.
     """
-    meeting = f"rendezvous-{allocation.job}-{allocation.restarts}-{attempt}"
-    port = _meet(allocation, attempt, shared / meeting, rendezvous_seconds)
-    nodes = len(allocation.nodes)
-    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(accelerate_config)]
-    launch += ["--num_machines", str(nodes), "--machine_rank", str(allocation.node)]
-    launch += ["--num_processes", str(nodes * processes)]
-    launch += ["--main_process_ip", allocation.nodes[0], "--main_process_port", str(port)]
-    with tempfile.TemporaryDirectory(prefix="clipdist-") as folder:
-        codes = Path(folder)
-        environment = {**os.environ, world.EXIT_CODES: folder}
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)  # inherited by the launcher; the ranks set handlers of their own
-        launcher = subprocess.Popen([*launch, "-m", "clipdist.train", *words], env=environment)
-        asked: list[int] = []
 
-        def note(number: int, frame: FrameType | None) -> None:
-            asked.append(number)
+    def __init__(
+        self, meeting: Meeting, processes: int, accelerate_config: Path, words: Sequence[str], asked: list[int]
+    ) -> None:
+        self.meeting, self.processes, self.asked = meeting, processes, asked
+        self.accelerate_config, self.words = accelerate_config, words
+        self._failed = self._stuck = False
+        self._alive_at = 0.0
 
-        for number in PASSED_ON:
-            signal.signal(number, note)
-        failed = shared / (meeting + ".failed")
-        _watch(launcher, codes, asked, failed)
-        code = outcome(launcher.returncode, _codes(codes), processes)
-        if code == CRASHED:
-            failed.touch()
-    return code
+    def run(self, rendezvous_seconds: float) -> int:
+        """Every node calls it. Returns 0 when all ranks here finished, 2 when one found its configuration or input
+        wrong, 75 when all stopped on request, else 1; also when not all nodes came within `rendezvous_seconds`."""
+        port = self._meet(rendezvous_seconds)
+        if port is None:
+            return CRASHED
+        with tempfile.TemporaryDirectory(prefix="clipdist-") as folder:
+            codes = Path(folder)
+            launcher = self._launch(port, codes, rendezvous_seconds)
+            self._watch(launcher, codes)
+            code = outcome(launcher.returncode, _codes(codes), self.processes)
+        if code in (WRONG, CRASHED):
+            self._fail(f"the ranks here ended with {code}")
+        return code
+
+    def _meet(self, seconds: float) -> int | None:
+        """The port on the first node where the ranks meet: once all nodes have come, that node finds a free one."""
+        meeting = self.meeting
+        meeting.come()
+        if meeting.allocation.node:
+            return meeting.port(seconds + 30)  # the first node waits as long, and may have begun later
+        if missing := meeting.missing(seconds):
+            self._fail(f"the node did not come within {seconds:.0f} s", host=missing[0])
+            return None
+        port = free_port(meeting.allocation.number + meeting.attempt)
+        meeting.open(port)
+        return port
+
+    def _launch(self, port: int, codes: Path, rendezvous_seconds: float) -> subprocess.Popen[bytes]:
+        allocation = self.meeting.allocation
+        nodes = len(allocation.nodes)
+        words = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+        words += ["--config_file", str(self.accelerate_config)]
+        words += ["--num_machines", str(nodes), "--machine_rank", str(allocation.node)]
+        words += ["--num_processes", str(nodes * self.processes)]
+        words += ["--main_process_ip", allocation.nodes[0], "--main_process_port", str(port)]
+        words += ["--rdzv_conf", f"timeout={max(1, int(rendezvous_seconds))}"]
+        return subprocess.Popen(
+            [*words, "-m", "clipdist.train", *self.words],
+            env={**os.environ, world.EXIT_CODES: str(codes)},
+            preexec_fn=_ignore_user_signals,  # this process has no threads that could hold a lock meanwhile
+        )
+
+    def _watch(self, launcher: subprocess.Popen[bytes], codes: Path) -> None:
+        """Until the launcher has ended: passes signals on, and ends the ranks here when one of them, or one of another
+        node, has failed: they would wait for it in a collective, and one that is stopped forever."""
+        failing_since: float | None = None
+        while launcher.poll() is None:
+            time.sleep(0.1)
+            ranks = _ranks(launcher)
+            while self.asked:
+                # A rank that has only begun does not listen yet, and looks for the file when it does.
+                (codes / world.STOP).touch()
+                number = self.asked.pop(0)
+                for rank in ranks:
+                    _send(rank, number)
+            self._give_sign(codes)
+            if self._failed or (why := _fault(ranks, codes)) is not None:
+                if not self._failed:
+                    assert why is not None
+                    self._fail(why)
+                failing_since = failing_since or time.monotonic()
+            elif self.meeting.failure() is not None:
+                failing_since = failing_since or time.monotonic()
+            if failing_since is not None and time.monotonic() - failing_since > GRACE_SECONDS:
+                self._note_stuck(ranks)
+                for rank in ranks:
+                    _send(rank, signal.SIGKILL)
+
+    def _fail(self, why: str, host: str = "") -> None:
+        with suppress(OSError):  # then once more, later
+            self.meeting.fail(why, host)
+            self._failed = True
+
+    def _note_stuck(self, ranks: list[psutil.Process]) -> None:
+        """Ranks that wait in a collective are running or sleeping; those that a signal or a disk holds are not."""
+        held = sum(_status(rank) in (psutil.STATUS_STOPPED, psutil.STATUS_DISK_SLEEP) for rank in ranks)
+        if held and not self._stuck:
+            self._stuck = True
+            self.meeting.stuck(f"{held} of its {self.processes} ranks hung")
+
+    def _give_sign(self, codes: Path) -> None:
+        if time.monotonic() - self._alive_at < ALIVE_SECONDS:
+            return
+        self._alive_at = time.monotonic()
+        beats = heartbeat.times(codes)
+        if len(beats) == self.processes:
+            with suppress(OSError):
+                self.meeting.alive(min(beats))
+
+
+def _ignore_user_signals() -> None:
+    """Inherited by the launcher; the ranks set handlers of their own."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _codes(folder: Path) -> list[int]:
     """Of the ranks here that have noted theirs."""
     return [int(path.read_text() or CRASHED) for path in folder.iterdir() if path.name.isdigit()]
+
+
+def _fault(ranks: list[psutil.Process], codes: Path) -> str | None:
+    """What went wrong with a rank here, in words; None while nothing has."""
+    noted = _codes(codes)
+    if bad := [code for code in noted if code in (WRONG, CRASHED)]:
+        return f"a rank ended with exit code {bad[0]}"
+    if len(noted) < sum(_status(rank) in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) for rank in ranks):
+        return "a rank died"  # the launcher has yet to notice
+    return None
 
 
 def outcome(launcher: int, codes: Sequence[int], processes: int) -> int:
@@ -91,29 +166,6 @@ def outcome(launcher: int, codes: Sequence[int], processes: int) -> int:
     return WRONG if launcher == WRONG and not codes else CRASHED
 
 
-def _watch(launcher: subprocess.Popen[bytes], codes: Path, asked: list[int], failed: Path) -> None:
-    """Until the launcher has ended: passes signals on, and ends the ranks here when one of them, or one of another node
-    (then `failed` exists), has failed: they would wait for it in a collective, and one that is stopped forever."""
-    failing_since: float | None = None
-    while launcher.poll() is None:
-        time.sleep(0.1)
-        ranks = _ranks(launcher)
-        while asked:
-            # A rank that has only begun does not listen yet, and looks for the file when it does.
-            (codes / world.STOP).touch()
-            number = asked.pop(0)
-            for rank in ranks:
-                _send(rank, number)
-        bad = failed.exists() or any(code in (WRONG, CRASHED) for code in _codes(codes))
-        dead = len(_codes(codes)) < sum(_ended(rank) for rank in ranks)
-        if (bad or dead) and failing_since is None:
-            failing_since = time.monotonic()
-            failed.touch()
-        if failing_since is not None and time.monotonic() - failing_since > GRACE_SECONDS:
-            for rank in ranks:
-                _send(rank, signal.SIGKILL)
-
-
 def _ranks(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
     try:
         return psutil.Process(launcher.pid).children()
@@ -121,37 +173,16 @@ def _ranks(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
         return []
 
 
-def _ended(rank: psutil.Process) -> bool:
-    """Whether it is a zombie; then the launcher has yet to notice."""
+def _status(rank: psutil.Process) -> str:
     try:
-        return bool(rank.status() == psutil.STATUS_ZOMBIE)
+        return str(rank.status())
     except psutil.Error:
-        return True
+        return psutil.STATUS_DEAD
 
 
 def _send(rank: psutil.Process, number: int) -> None:
-    try:
+    with suppress(psutil.Error):
         rank.send_signal(number)
-    except psutil.Error:
-        return
-
-
-def _meet(allocation: Allocation, attempt: int, path: Path, seconds: float) -> int:
-    """The port on the first node where the ranks meet: that node finds a free one, and tells by a file that all see."""
-    if allocation.node == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        port = free_port(int(allocation.job.split("_")[0]) + attempt)
-        write_atomically(path, f"{port}\n".encode())
-        return port
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if path.exists():
-            return int(path.read_text(encoding="utf-8"))
-        time.sleep(0.2)
-    raise UserError(
-        f"{path}: the first node, {allocation.nodes[0]}, has not said within {seconds:.0f} s where to meet; see its "
-        f"output, and whether {path.parent} is a folder that all nodes share"
-    )
 
 
 def free_port(job: int) -> int:

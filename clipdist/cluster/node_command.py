@@ -1,8 +1,9 @@
 """Runs this node's processes of a SLURM job, one task on each node: srun --ntasks-per-node=1 clipdist node RECIPE …
 
 It starts `accelerate launch` with the node's number, the first node's address and a free port, passes SIGUSR1, SIGUSR2
-and SIGTERM on to the ranks, and ends with the code that they had: 0 finished, 2 wrong configuration or input,
-75 stopped on request with a good checkpoint, 1 anything else.
+and SIGTERM on to the ranks, starts all anew after a crash, and puts the job back into the queue where that helps. It
+ends with 0 finished, 2 wrong configuration or input, 75 stopped with a good checkpoint or back in the queue, 1 given
+up after too many crashes, 70 the first node was lost.
 """
 
 import argparse
@@ -17,17 +18,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--accelerate-config", type=Path, default=Path("launch/accelerate/gpu.yaml"), metavar="FILE")
     parser.add_argument(
-        "--shared", type=Path, default=Path("runs/.jobs"), metavar="DIR", help="folder that all nodes see (runs/.jobs)"
+        "--shared", type=Path, metavar="DIR", help="folder that all nodes see (default: .jobs beside the run)"
     )
-    parser.add_argument("--attempt", type=int, default=0, metavar="N", help="which start within this allocation (0)")
     parser.add_argument(
-        "--rendezvous-seconds", type=float, default=300.0, metavar="S", help="how long to wait for the first node (300)"
+        "--max-crashes", type=int, default=10, metavar="N", help="so many in a row without a new checkpoint (10)"
+    )
+    parser.add_argument(
+        "--rendezvous-seconds", type=float, default=300.0, metavar="S", help="how long nodes wait for each other (300)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     from clipdist import world
-    from clipdist.cluster.node import run_node
+    from clipdist.cluster.job import Limits, Training, run_job
+    from clipdist.cluster.runs import JOBS
+    from clipdist.config import load_config
     from clipdist.errors import UserError
 
     allocation = world.allocation()
@@ -38,12 +43,13 @@ def run(args: argparse.Namespace) -> int:
     processes = args.processes_per_node or allocation.gpus
     if processes < 1:
         raise UserError("the job has no GPUs on this node; ask for some, or set --processes-per-node")
-    return run_node(
-        allocation,
-        processes,
-        args.accelerate_config,
-        [str(args.recipe), *args.overrides],
-        attempt=args.attempt,
-        shared=args.shared,
-        rendezvous_seconds=args.rendezvous_seconds,
+    config = load_config(args.recipe, args.overrides)
+    training = Training(
+        words=[str(args.recipe), *args.overrides],
+        run=config.folder,
+        processes=processes,
+        accelerate_config=args.accelerate_config,
+        shared=args.shared or config.folder.parent / JOBS,
+        limits=Limits(args.max_crashes, args.rendezvous_seconds),
     )
+    return run_job(training, allocation)

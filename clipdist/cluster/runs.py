@@ -6,18 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clipdist.cluster.meeting import last_beat
 from clipdist.errors import UserError
 from clipdist.evaluate.report import read_metrics
 
 STOP = "stop"
 """A file of this name in a run's folder: the next stop on request is for good, and no job goes back into the queue."""
+JOBS = ".jobs"
+"""The folder beside the runs in which the nodes of jobs leave notes for each other (see meeting.py)."""
 QUIET_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
 class RunState:
-    """`state`: new, training, quiet (no line for a while: waiting in a queue, validating, stopped or dead), stopping or
-    finished."""
+    """`state`: new, training, quiet (no sign of life for a while: waiting in a queue, validating, stopped or dead),
+    stopping or finished."""
 
     name: str
     state: str
@@ -27,7 +30,7 @@ class RunState:
     score: float | None
     """What `evaluate.monitor` chose the best model by."""
     seconds_since: float | None
-    """Since the last line of the metrics."""
+    """Since the last sign of life: a line of the metrics, or a step that all ranks of its job have made."""
     starts: int
     lost_steps: int
     job: str
@@ -60,7 +63,11 @@ def read_run(folder: Path) -> RunState:
     state = _newest_state(folder)
     environment = folder / "environment.json"
     starts = json.loads(environment.read_text(encoding="utf-8"))["starts"] if environment.exists() else []
-    since = time.time() - metrics.stat().st_mtime if metrics.exists() else None
+    job = str(starts[-1].get("job", "")) if starts else ""
+    signs = [metrics.stat().st_mtime] if metrics.exists() else []
+    if job and (beat := last_beat(folder.parent / JOBS / job)):
+        signs.append(beat)
+    since = time.time() - max(signs) if signs else None
     if state.get("finished"):
         word = "finished"
     elif (folder / STOP).exists():
@@ -79,7 +86,7 @@ def read_run(folder: Path) -> RunState:
         seconds_since=since,
         starts=len(starts),
         lost_steps=sum(start.get("lost_steps", 0) for start in starts),
-        job=str(starts[-1].get("job", "")) if starts else "",
+        job=job,
     )
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-HEADINGS = ("run", "state", "step", "loss", "best", "pairs/s", "last line", "starts", "lost steps", "job")
+HEADINGS = ("run", "state", "step", "loss", "best", "pairs/s", "last sign", "starts", "lost steps", "job")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 FINISHED = 0
 STOPPED_ON_REQUEST = 75
+START_MINUTES = 30.0
+"""What a start may take, however short `train.hang_minutes` is: joining the other ranks, weights from the hub."""
 
 
 @worker_errors()
@@ -25,6 +27,15 @@ def train(config: "RunConfig") -> int:
     checkpoint: start the same command again. Raises `UserError` for what the user can change, and
     `WorkerKilled` when a loader worker dies.
     """
+    hang_minutes = config.train.hang_minutes
+    heartbeat.watch(max(hang_minutes, START_MINUTES) if hang_minutes else 0)
+    try:
+        return _train(config)
+    finally:
+        heartbeat.watch(0)
+
+
+def _train(config: "RunConfig") -> int:
     trainer = Trainer(config)
     progress, per_epoch = trainer.progress, trainer.order.steps_per_epoch
     if progress.finished:
@@ -81,7 +92,6 @@ def train(config: "RunConfig") -> int:
         if progress.finished or stop:
             break
     trainer.close()
-    heartbeat.watch(0)
     if progress.finished:
         return FINISHED
     assert stop

@@ -1,4 +1,4 @@
-"""What a node of a job makes of its ranks' exit codes, where nodes meet, and how a hang ends."""
+"""What a node of a job makes of its ranks' exit codes, and how a hang ends."""
 
 import signal
 import socket
@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 
 from clipdist import world
-from clipdist.cluster.node import FIRST_PORT, PORTS, _meet, free_port, outcome
-from clipdist.errors import UserError
+from clipdist.cluster.node import FIRST_PORT, PORTS, free_port, outcome
 from clipdist.train.command import note_exit_code
 from clipdist.train.signals import StopRequest
-from clipdist.world import Allocation
 
 
 @pytest.mark.parametrize(
@@ -48,18 +46,6 @@ def test_a_port_that_is_taken_is_passed_over() -> None:
         assert free_port(7) not in (first, None)
     assert free_port(7) == first, "otherwise it follows from the job"
     assert free_port(8) != first
-
-
-def allocation(node: int) -> Allocation:
-    return Allocation("12", 0, ("n1", "n2"), node, 2)
-
-
-def test_nodes_meet_by_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "jobs" / "rendezvous"
-    with pytest.raises(UserError, match="the first node, n1, has not said within 0 s where to meet"):
-        _meet(allocation(1), 0, path, 0.1)
-    port = _meet(allocation(0), 0, path, 5)
-    assert _meet(allocation(1), 0, path, 5) == port
 
 
 def test_exit_codes_are_noted_where_somebody_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,165 @@
+"""A job from its first start to its end: what becomes of it after each way in which its processes can end.
+
+Every node runs this; the first one decides, since one has to, and tells the others.
+"""
+
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from clipdist.cluster import scheduler
+from clipdist.cluster.meeting import Crash, Meeting
+from clipdist.cluster.node import CRASHED, FINISHED, GRACE_SECONDS, STOPPED, WRONG, Node
+from clipdist.cluster.runs import STOP
+from clipdist.train.checkpoint import newest_step
+from clipdist.world import Allocation
+
+LOST = 70
+"""Exit code of a node that waited for the first one's verdict in vain."""
+PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+BLAMED_TWICE = 2
+PAUSE_SECONDS = 60.0
+END_SECONDS = GRACE_SECONDS + 25.0
+"""How long the first node waits for the others once its own ranks have ended. All end theirs after `GRACE_SECONDS`."""
+AGAIN, REQUEUE = "again", "requeue"
+
+
+@dataclass(frozen=True)
+class Limits:
+    crashes: int = 10
+    """So many in a row without a new checkpoint, and the job is given up."""
+    rendezvous_seconds: float = 300.0
+    """How long nodes wait for each other at a start."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a job trains: `clipdist.train` with `words` in `processes` processes on each node; `run` is its folder."""
+
+    words: Sequence[str]
+    run: Path
+    processes: int
+    accelerate_config: Path
+    shared: Path
+    """A folder that all nodes see."""
+    limits: Limits = Limits()
+
+
+def run_job(training: Training, allocation: Allocation) -> int:
+    """Trains until the run is finished, stopped, or given up, through crashes; every node of the allocation calls it.
+
+    After a crash all start anew in the same allocation, after a pause that grows; where one node was to blame twice, or
+    says nothing any more, the job goes back into the queue without it. Asked to stop, by a signal, it saves and goes
+    back into the queue, unless the run's folder holds a file `stop`.
+
+    Returns 0 when finished; 2 when the configuration or the input is wrong; 75 when stopped with a good checkpoint, or
+    when the job is back in the queue; 1 when given up; 70 on another node than the first when that one was lost.
+    """
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+
+    for signal_number in PASSED_ON:
+        signal.signal(signal_number, note)
+    attempt = 0
+    while True:
+        meeting = Meeting(training.shared, allocation, attempt)
+        node = Node(meeting, training.processes, training.accelerate_config, training.words, asked)
+        code = node.run(training.limits.rendezvous_seconds)
+        meeting.end(code)
+        if allocation.node == 0:
+            verdict = _decide(training, meeting, code, asked)
+            meeting.decide(verdict)
+        else:
+            verdict = meeting.verdict(END_SECONDS + PAUSE_SECONDS + 60) or str(LOST)
+        if verdict == AGAIN:
+            attempt += 1
+            continue
+        if verdict.startswith(REQUEUE):
+            if allocation.node == 0:
+                _say(scheduler.requeue(allocation.job, verdict.removeprefix(REQUEUE).strip()))
+            return STOPPED
+        return int(verdict)
+
+
+def judge(ends: dict[str, int], nodes: int, first: int) -> int:
+    """One code of those that the nodes' ranks ended with; `first` is the first node's."""
+    codes = [*ends.values(), first]
+    if WRONG in codes:
+        return WRONG
+    if set(codes) == {FINISHED}:
+        return FINISHED  # what is done is done, whatever became of a node that has not said so
+    if len(ends) == nodes and set(codes) <= {FINISHED, STOPPED}:
+        return STOPPED
+    return CRASHED
+
+
+def _decide(training: Training, meeting: Meeting, first: int, asked: list[int]) -> str:
+    allocation = meeting.allocation
+    ends = meeting.ends(END_SECONDS)
+    code = judge(ends, len(allocation.nodes), first)
+    if code in (FINISHED, WRONG):
+        return str(code)
+    for_good = (training.run / STOP).exists()
+    if code == STOPPED:
+        if for_good:
+            _say(f"stopped for good, since {training.run / STOP} exists; remove it and submit again to go on")
+            return str(STOPPED)
+        _say("stopped with a good checkpoint")
+        return REQUEUE if allocation.slurm else str(STOPPED)
+    blamed = meeting.blamed(ends)
+    crash = Crash(time.time(), blamed.host, blamed.why, _newest(training.run))
+    meeting.note_crash(crash)
+    crashes = in_a_row(meeting.crashes())
+    told = f"crashed: {blamed.why}{f' ({blamed.host})' if blamed.host else ''}"
+    if for_good:
+        _say(f"{told}; not started anew, since {training.run / STOP} exists")
+        return str(CRASHED)
+    if len(crashes) > training.limits.crashes:
+        _say(
+            f"{told}; {len(crashes)} times in a row without a new checkpoint: giving up; see above, and {training.run}"
+        )
+        return str(CRASHED)
+    lost = len(ends) < len(allocation.nodes) or not _came(meeting)
+    if allocation.slurm and (lost or sum(past.host == blamed.host for past in crashes) >= BLAMED_TWICE):
+        enough = scheduler.others(allocation.job, blamed.host) >= len(allocation.nodes)
+        if enough and blamed.host:
+            _say(f"{told}; its fault {'now' if lost else 'again'}: to go on without it")
+            return f"{REQUEUE} {blamed.host}"
+        if lost:
+            _say(f"{told}; there is no other node to go on with")
+            return REQUEUE
+    pause = min(PAUSE_SECONDS, float(len(crashes) ** 2))
+    _say(f"{told}; start {meeting.attempt + 1} in this allocation follows in {pause:.0f} s, from the last checkpoint")
+    if _asked_within(pause, asked):
+        return REQUEUE if allocation.slurm else str(STOPPED)
+    return AGAIN
+
+
+def in_a_row(crashes: Sequence[Crash]) -> list[Crash]:
+    """The latest crashes between which no checkpoint was made: those that got nowhere."""
+    return [crash for crash in crashes if crash.checkpoint == crashes[-1].checkpoint]
+
+
+def _came(meeting: Meeting) -> bool:
+    return not meeting.missing(0)
+
+
+def _newest(run: Path) -> str:
+    step = newest_step(run / "checkpoints")
+    return "" if step is None else str(step)
+
+
+def _asked_within(seconds: float, asked: list[int]) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not asked:
+        time.sleep(0.1)
+    return bool(asked)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,205 @@
+"""What the nodes of a job tell each other, before and after their ranks can: small files in a folder that all of them
+see.
+
+    <shared>/<job>/crashes.json                          what went wrong in this job so far
+                   alive-<host>.json                     the latest sign of life of a node's ranks
+                   start-<requeues>-<attempt>/here-…     a node has come
+                                             port        all have; here the ranks meet, on the first node
+                                             failed      the first thing that went wrong, and on which node
+                                             stuck-…     a node on which ranks neither work nor end
+                                             ended-…     what a node's ranks ended with
+                                             verdict     what the first node makes of it
+
+A file that somebody may read is written whole: beside, then renamed.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from clipdist.data.shards import write_atomically
+from clipdist.errors import UserError
+from clipdist.world import Allocation
+
+T = TypeVar("T")
+POLL_SECONDS = 0.1
+OUTAGE_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    host: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Crash:
+    """What ended a start of the job's processes."""
+
+    time: float
+    """In seconds since 1970."""
+    host: str
+    why: str
+    checkpoint: str
+    """The newest one by then."""
+
+
+class Meeting:
+    """Of the nodes of one start of a job's processes; each node has one. `attempt` counts the starts within one
+    allocation."""
+
+    def __init__(self, shared: Path, allocation: Allocation, attempt: int) -> None:
+        self.allocation = allocation
+        self.job = shared / allocation.job
+        self.folder = self.job / f"start-{allocation.restarts}-{attempt}"
+        self.attempt = attempt
+        end = time.monotonic() + OUTAGE_SECONDS
+        while not self.folder.is_dir():
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                if time.monotonic() > end:
+                    raise UserError(f"{shared}: cannot be written ({error.strerror}); see --shared") from error
+                time.sleep(1)
+
+    @property
+    def host(self) -> str:
+        return self.allocation.nodes[self.allocation.node]
+
+    def come(self) -> None:
+        """This node is there."""
+        _put(self.folder / f"here-{self.host}", "")
+
+    def missing(self, seconds: float) -> list[str]:
+        """Nodes that have not come within so many seconds; empty as soon as all have."""
+        lacking = list(self.allocation.nodes)
+
+        def all_there() -> bool:
+            lacking[:] = [host for host in lacking if not (self.folder / f"here-{host}").exists()]
+            return not lacking
+
+        _wait(lambda: all_there() or None, seconds)
+        return lacking
+
+    def open(self, port: int) -> None:
+        """The first node says where the ranks meet."""
+        _put(self.folder / "port", f"{port}\n")
+
+    def port(self, seconds: float) -> int | None:
+        """What the first node said; None when it did not within so many seconds, or something failed meanwhile."""
+        path = self.folder / "port"
+        found = _wait(lambda: _read(path) or ("0" if self.failure() else None), seconds)
+        return int(found) if found and int(found) else None
+
+    def fail(self, why: str, host: str = "") -> None:
+        """Something went wrong on `host`, this one unless said: the others are to end their ranks. The first to say so
+        is who is listened to. Raises `OSError` where the folder cannot be written now."""
+        partial = self.folder / f"failed-by-{self.host}"
+        write_atomically(partial, json.dumps(asdict(Failure(host or self.host, why))).encode())
+        with suppress(FileExistsError):
+            os.link(partial, self.folder / "failed")
+
+    def failure(self) -> Failure | None:
+        told = _read(self.folder / "failed")
+        return Failure(**json.loads(told)) if told else None
+
+    def stuck(self, why: str) -> None:
+        """Ranks here neither work nor end by themselves: then it is here that the fault lies, whoever noticed first."""
+        _put(self.folder / f"stuck-{self.host}", why)
+
+    def end(self, code: int) -> None:
+        """What this node's ranks ended with."""
+        _put(self.folder / f"ended-{self.host}", f"{code}\n")
+
+    def ends(self, seconds: float) -> dict[str, int]:
+        """Host -> what its ranks ended with; of those that said so within that many seconds."""
+
+        def told() -> dict[str, int]:
+            found = {host: _read(self.folder / f"ended-{host}") for host in self.allocation.nodes}
+            return {host: int(code) for host, code in found.items() if code}
+
+        _wait(lambda: len(told()) == len(self.allocation.nodes) or None, seconds)
+        return told()
+
+    def blamed(self, ends: dict[str, int]) -> Failure:
+        """Where a crash came from, as far as the nodes can tell: `host` is empty when they cannot."""
+        for host in self.allocation.nodes:
+            if host not in ends:
+                return Failure(host, "the node says nothing any more")
+            if why := _read(self.folder / f"stuck-{host}"):
+                return Failure(host, why)
+        return self.failure() or Failure("", "the launcher failed")
+
+    def decide(self, verdict: str) -> None:
+        _put(self.folder / "verdict", verdict)
+
+    def verdict(self, seconds: float) -> str | None:
+        """The first node's; None when it says nothing for so long."""
+        return _wait(lambda: _read(self.folder / "verdict"), seconds)
+
+    def alive(self, last_beat: float) -> None:
+        """A sign of life: when the slowest rank here last made a step, in seconds since 1970. Raises `OSError` where
+        the folder cannot be written now."""
+        body = {"time": time.time(), "last_beat": last_beat}
+        write_atomically(self.job / f"alive-{self.host}.json", json.dumps(body).encode())
+
+    def crashes(self) -> list[Crash]:
+        return [Crash(**item) for item in _json(self.job / "crashes.json") or []]
+
+    def note_crash(self, crash: Crash) -> None:
+        items = [asdict(item) for item in [*self.crashes(), crash]]
+        _put(self.job / "crashes.json", json.dumps(items, indent=1) + "\n")
+
+
+def last_beat(job: Path) -> float | None:
+    """When the ranks of a job last made a step, all of them, by what its nodes say; None when none says anything."""
+    told = [body["last_beat"] for path in job.glob("alive-*.json") if (body := _json(path))]
+    return min(told, default=None)
+
+
+def this_machine(gpus: int) -> Allocation:
+    """What takes the place of SLURM's allocation where there is none: this machine alone."""
+    return Allocation(f"local-{os.getpid()}", 0, (socket.gethostname(),), 0, gpus, slurm=False)
+
+
+def _put(path: Path, text: str) -> None:
+    """Tries for a while: a shared file system that is away for a minute must not end the job."""
+    end = time.monotonic() + OUTAGE_SECONDS
+    while True:
+        try:
+            return write_atomically(path, text.encode())
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:  # not there yet, or not here: a shared file system that is away comes back, or a wait ends
+        return None
+
+
+def _json(path: Path) -> Any:
+    told = _read(path)
+    try:
+        return json.loads(told) if told else None
+    except ValueError:
+        return None
+
+
+def _wait(found: Callable[[], T | None], seconds: float) -> T | None:
+    """What `found` answers, as soon as that is something; None after so many seconds."""
+    end = time.monotonic() + seconds
+    while (answer := found()) is None:
+        if time.monotonic() > end:
+            return None
+        time.sleep(POLL_SECONDS)
+    return answer

@@ -1,0 +1,62 @@
+"""What we ask of SLURM about jobs and nodes, through `scontrol`, `sinfo` and `scancel`; no accounting is needed."""
+
+import shutil
+import subprocess
+
+SECONDS = 60.0
+
+
+def ask(*words: str) -> subprocess.CompletedProcess[str]:
+    """Runs one of SLURM's commands; how it ended is the caller's to look at."""
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(words, 1, "", str(error))
+
+
+def available() -> bool:
+    return shutil.which("scontrol") is not None
+
+
+def job(number: str) -> dict[str, str]:
+    """What SLURM knows of a job: JobState, Restarts, ExcNodeList, …; empty when it knows nothing."""
+    words = ask("scontrol", "show", "job", number, "--oneliner").stdout.split()
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def requeue(number: str, without: str = "") -> str:
+    """Puts this running job back into the queue, from where it may not come to the node `without` again; what was done,
+    in words.
+
+    A job that does not run any more is SLURM's: cancelled it shall end, and preempted it is in the queue already.
+    """
+    found = job(number)
+    state = found.get("JobState", "unknown")
+    if state != "RUNNING":
+        return f"the job is {state}: what follows is up to SLURM"
+    done = ask("scontrol", "requeue", number)
+    if done.returncode:
+        return f"the job cannot go back into the queue ({done.stderr.strip()}); submit it again to go on"
+    if not without:
+        return "back into the queue"
+    excluded = [name for name in [found.get("ExcNodeList", ""), without] if name not in ("", "(null)")]
+    # While we are being ended: SLURM takes the list for a job that waits only.
+    done = ask("scontrol", "update", f"JobId={number}", f"ExcNodeList={','.join(excluded)}")
+    told = f"not again to {without}" if done.returncode == 0 else f"{without} not excluded: {done.stderr.strip()}"
+    return f"back into the queue, {told}"
+
+
+def others(number: str, without: str) -> int:
+    """How many nodes of the job's partition it could run on: not the node `without`, nor those excluded before, nor
+    those that are down or drained."""
+    found = job(number)
+    listed = found.get("ExcNodeList", "(null)")
+    excluded = set()
+    if listed != "(null)":
+        excluded = set(ask("scontrol", "show", "hostnames", listed).stdout.split())
+    lines = ask("sinfo", "--noheader", "--Node", f"--partition={found.get('Partition', '')}", "--format=%N %t").stdout
+    pairs = [line.split() for line in lines.splitlines()]
+    usable = {
+        name for name, state in pairs if state.strip("*~#$@+") in ("idle", "alloc", "mix", "comp", "resv", "plnd")
+    }
+    return len(usable - excluded - {without})

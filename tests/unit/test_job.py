@@ -1,0 +1,210 @@
+"""What the nodes of a job tell each other, and what the first one decides; the same on a real SLURM: tests/cluster."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clipdist.cluster import job, meeting, scheduler
+from clipdist.cluster.job import Limits, Training, in_a_row, judge, run_job
+from clipdist.cluster.meeting import Crash, Failure, Meeting
+from clipdist.cluster.node import Node
+from clipdist.cluster.runs import STOP
+from clipdist.world import Allocation
+
+HOSTS = ("n1", "n2", "n3")
+
+
+def allocation(node: int, restarts: int = 0, slurm: bool = True) -> Allocation:
+    return Allocation("12", restarts, HOSTS, node, 2, slurm)
+
+
+def nodes(shared: Path, attempt: int = 0) -> list[Meeting]:
+    return [Meeting(shared, allocation(number), attempt) for number in range(3)]
+
+
+def test_nodes_meet_when_all_have_come(tmp_path: Path) -> None:
+    first, second, third = nodes(tmp_path)
+    first.come()
+    third.come()
+    assert first.missing(0.2) == ["n2"]
+    assert second.port(0.2) is None
+    threading.Timer(0.3, second.come).start()
+    assert first.missing(10) == []
+    first.open(20_123)
+    assert (second.port(1), third.port(1)) == (20_123, 20_123)
+    assert nodes(tmp_path, attempt=1)[1].port(0.1) is None, "the next start has a place of its own"
+
+
+def test_who_waits_for_a_port_hears_of_a_failure(tmp_path: Path) -> None:
+    first, second, _ = nodes(tmp_path)
+    threading.Timer(0.2, lambda: first.fail("the node did not come", "n3")).start()
+    assert second.port(30) is None
+    assert second.failure() == Failure("n3", "the node did not come")
+
+
+def test_the_first_failure_counts(tmp_path: Path) -> None:
+    first, second, third = nodes(tmp_path)
+    assert first.failure() is None
+    second.fail("a rank died")
+    third.fail("a rank ended with exit code 1")
+    assert first.failure() == Failure("n2", "a rank died")
+    ends = {"n1": 1, "n2": 1, "n3": 1}
+    assert first.blamed(ends) == Failure("n2", "a rank died")
+    third.stuck("1 of its 2 ranks hung")
+    assert first.blamed(ends) == Failure("n3", "1 of its 2 ranks hung"), "the others only waited for it"
+    assert first.blamed({"n1": 1, "n3": 1}).host == "n2", "and one that is gone did not even say so"
+
+
+def test_ends_are_waited_for_a_while(tmp_path: Path) -> None:
+    first, second, third = nodes(tmp_path)
+    first.end(75)
+    second.end(0)
+    assert first.ends(0.2) == {"n1": 75, "n2": 0}
+    threading.Timer(0.2, lambda: third.end(1)).start()
+    assert first.ends(10) == {"n1": 75, "n2": 0, "n3": 1}
+    assert third.verdict(0.1) is None
+    first.decide("again")
+    assert third.verdict(0.1) == "again"
+
+
+def test_an_outage_of_the_shared_folder_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = nodes(tmp_path)[0]
+    real, failures = meeting.write_atomically, [OSError(30, "Read-only file system"), OSError(116, "Stale file handle")]
+
+    def away(path: Path, data: bytes) -> None:
+        if failures:
+            raise failures.pop()
+        real(path, data)
+
+    monkeypatch.setattr(meeting, "write_atomically", away)
+    first.end(0)
+    assert first.ends(0) == {"n1": 0}
+
+
+@pytest.mark.parametrize(
+    ("ends", "first", "expected"),
+    [
+        ({"n1": 0, "n2": 0, "n3": 0}, 0, 0),
+        ({"n1": 0}, 0, 0),  # the first one has finished: the model is there
+        ({"n1": 75, "n2": 75, "n3": 0}, 75, 75),
+        ({"n1": 75, "n2": 75}, 75, 1),  # the third may have been saving its part
+        ({"n1": 1, "n2": 2, "n3": 1}, 1, 2),
+        ({"n1": 1, "n2": 1, "n3": 1}, 1, 1),
+        ({"n1": 75, "n2": 1, "n3": 75}, 75, 1),
+        ({}, 1, 1),
+    ],
+)
+def test_one_code_of_many_nodes(ends: dict[str, int], first: int, expected: int) -> None:
+    assert judge(ends, 3, first) == expected
+
+
+def test_crashes_in_a_row_got_nowhere() -> None:
+    crashes = [Crash(n, "n1", "", checkpoint) for n, checkpoint in enumerate(["", "8", "8", "16", "16", "16"])]
+    assert len(in_a_row(crashes)) == 3
+    assert len(in_a_row(crashes[:1])) == 1
+
+
+@pytest.fixture
+def decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """decide(host -> code, slurm=…, free=…, crashes=…): the first node's verdict."""
+    monkeypatch.setattr(job, "END_SECONDS", 0.1)
+    attempts = iter(range(100))
+
+    def verdict(
+        ends: dict[str, int], *, slurm: bool = True, free: int = 9, culprit: str = "n2", asked: tuple[int, ...] = ()
+    ) -> str:
+        monkeypatch.setattr(job, "PAUSE_SECONDS", 0.0 if not asked else 5.0)
+        monkeypatch.setattr(scheduler, "others", lambda number, without: free)
+        attempt = next(attempts)
+        met = [Meeting(tmp_path / "shared", allocation(number, slurm=slurm), attempt) for number in range(3)]
+        for node in met:
+            node.come()
+            if node.host in ends:
+                node.end(ends[node.host])
+        if 1 in ends.values():
+            met[0].fail("a rank died", culprit)
+        training = Training([], tmp_path / "run", 2, Path("gpu.yaml"), tmp_path / "shared", Limits(crashes=3))
+        return job._decide(training, met[0], ends["n1"], list(asked))
+
+    return verdict
+
+
+def all_end(code: int) -> dict[str, int]:
+    return dict.fromkeys(HOSTS, code)
+
+
+def test_plain_ends(decide: Callable[..., str]) -> None:
+    assert decide(all_end(0)) == "0"
+    assert decide(all_end(2)) == "2"
+    assert decide(all_end(75)) == "requeue"
+    assert decide(all_end(75), slurm=False) == "75", "there is no queue"
+
+
+def test_a_node_that_is_to_blame_twice_is_left_out(decide: Callable[..., str]) -> None:
+    assert decide(all_end(1)) == "again"
+    assert decide(all_end(1), culprit="n3") == "again"
+    assert decide(all_end(1)) == "requeue n2"
+
+
+def test_no_node_is_left_out_where_none_can_take_its_place(decide: Callable[..., str]) -> None:
+    assert decide(all_end(1), free=2) == "again"
+    assert decide(all_end(1), free=2) == "again"
+
+
+def test_a_node_that_is_gone_is_left_out_at_once(decide: Callable[..., str], tmp_path: Path) -> None:
+    assert decide({"n1": 1, "n2": 1}) == "requeue n3"
+    assert decide({"n1": 1, "n2": 1}, free=2) == "requeue", "SLURM knows when there is another"
+
+
+def test_crashes_that_get_nowhere_end_the_job(decide: Callable[..., str], tmp_path: Path) -> None:
+    for culprit in HOSTS:
+        assert decide(all_end(1), culprit=culprit) == "again"
+    (tmp_path / "run" / "checkpoints" / "step-00000004").mkdir(parents=True)
+    for culprit in HOSTS:
+        assert decide(all_end(1), culprit=culprit) == "again", "there is a new checkpoint"
+    assert decide(all_end(1)) == "1"
+
+
+def test_asked_to_stop_while_it_pauses(decide: Callable[..., str]) -> None:
+    assert decide(all_end(1), asked=(10,)) == "requeue"
+
+
+def test_a_stop_for_good(decide: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / STOP).touch()
+    assert decide(all_end(75)) == "75"
+    assert decide(all_end(1)) == "1"
+
+
+def test_all_nodes_do_what_the_first_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_handlers: None
+) -> None:
+    """Three nodes whose ranks crash once and then finish."""
+    started: list[tuple[str, int]] = []
+
+    def ranks(node: Node, seconds: float) -> int:
+        started.append((node.meeting.host, node.meeting.attempt))
+        node.meeting.come()
+        if node.meeting.attempt == 0:
+            node.meeting.fail("a rank died")
+            return 1
+        return 0
+
+    monkeypatch.setattr(Node, "run", ranks)
+    monkeypatch.setattr(job.signal, "signal", lambda number, handler: None)  # these nodes are threads
+    training = Training([], tmp_path / "run", 2, Path("gpu.yaml"), tmp_path / "shared")
+    codes: dict[int, int] = {}
+
+    def node(number: int) -> None:
+        codes[number] = run_job(training, allocation(number))
+
+    threads = [threading.Thread(target=node, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert codes == {0: 0, 1: 0, 2: 0}
+    assert sorted(started) == sorted((host, attempt) for host in HOSTS for attempt in (0, 1))
+    assert len(Meeting(tmp_path / "shared", allocation(0), 0).crashes()) == 1

@@ -11,9 +11,10 @@ from pathlib import Path
 from types import FrameType
 
 from clipdist.cluster import scheduler
+from clipdist.cluster.logs import note_output
 from clipdist.cluster.meeting import Crash, Meeting
 from clipdist.cluster.node import CRASHED, FINISHED, GRACE_SECONDS, STOPPED, WRONG, Node
-from clipdist.cluster.runs import STOP
+from clipdist.cluster.runs import LOGS, STOP
 from clipdist.train.checkpoint import newest_step
 from clipdist.world import Allocation
 
@@ -68,8 +69,11 @@ def run_job(training: Training, allocation: Allocation) -> int:
     attempt = 0
     while True:
         meeting = Meeting(training.shared, allocation, attempt)
+        if allocation.node == 0 and attempt == 0:
+            note_output(training.run, scheduler.job(allocation.job).get("StdOut", "") if allocation.slurm else "")
         node = Node(meeting, training.processes, training.accelerate_config, training.words, asked)
         code = node.run(training.limits.rendezvous_seconds)
+        node.keep_logs(training.run / LOGS / f"{allocation.job}-{allocation.restarts}-{attempt}")
         meeting.end(code)
         if allocation.node == 0:
             verdict = _decide(training, meeting, code, asked)

@@ -6,6 +6,7 @@ each rank notes its exit code in a folder of this node's, and the launcher ignor
 """
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +27,10 @@ FIRST_PORT, PORTS = 20_000, 10_000  # below the range that systems give to outgo
 GRACE_SECONDS = 5.0
 ALIVE_SECONDS = 10.0
 """How often a node gives a sign of life."""
+LOGS = "logs"
+STANDARD_ERROR = "2"
+LINE_PREFIX = "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"
+"""Torch's variable for what stands before each line that a rank says; ours looks as that of `srun --label`."""
 FINISHED, WRONG, STOPPED, CRASHED = 0, 2, 75, 1
 
 
@@ -42,6 +47,8 @@ class Node:
         self.accelerate_config, self.words = accelerate_config, words
         self._failed = self._stuck = False
         self._alive_at = 0.0
+        self._folder = tempfile.TemporaryDirectory(prefix="clipdist-")  # of this node's own disk: no outage reaches it
+        self.folder = Path(self._folder.name)
 
     def run(self, rendezvous_seconds: float) -> int:
         """Every node calls it. Returns 0 when all ranks here finished, 2 when one found its configuration or input
@@ -49,14 +56,23 @@ class Node:
         port = self._meet(rendezvous_seconds)
         if port is None:
             return CRASHED
-        with tempfile.TemporaryDirectory(prefix="clipdist-") as folder:
-            codes = Path(folder)
-            launcher = self._launch(port, codes, rendezvous_seconds)
-            self._watch(launcher, codes)
-            code = outcome(launcher.returncode, _codes(codes), self.processes)
+        codes = self.folder / "codes"
+        codes.mkdir()
+        launcher = self._launch(port, codes, rendezvous_seconds)
+        self._watch(launcher, codes)
+        code = outcome(launcher.returncode, _codes(codes), self.processes)
         if code in (WRONG, CRASHED):
             self._fail(f"the ranks here ended with {code}")
         return code
+
+    def keep_logs(self, target: Path) -> None:
+        """Copies what each rank said on standard error to `target`, and forgets it here."""
+        first = self.meeting.allocation.node * self.processes
+        with suppress(OSError):  # the job's own output has all of it, too
+            for path in self.folder.glob(f"{LOGS}/*/attempt_0/*/stderr.log"):
+                target.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target / f"rank-{first + int(path.parent.name)}.log")
+        self._folder.cleanup()
 
     def _meet(self, seconds: float) -> int | None:
         """The port on the first node where the ranks meet: once all nodes have come, that node finds a free one."""
@@ -80,9 +96,10 @@ class Node:
         words += ["--num_processes", str(nodes * self.processes)]
         words += ["--main_process_ip", allocation.nodes[0], "--main_process_port", str(port)]
         words += ["--rdzv_conf", f"timeout={max(1, int(rendezvous_seconds))}"]
+        words += ["--log_dir", str(self.folder / LOGS), "--tee", STANDARD_ERROR]
         return subprocess.Popen(
             [*words, "-m", "clipdist.train", *self.words],
-            env={**os.environ, world.EXIT_CODES: str(codes)},
+            env={**os.environ, world.EXIT_CODES: str(codes), LINE_PREFIX: "${rank}: "},
             preexec_fn=_ignore_user_signals,  # this process has no threads that could hold a lock meanwhile
         )
 

@@ -14,6 +14,8 @@ STOP = "stop"
 """A file of this name in a run's folder: the next stop on request is for good, and no job goes back into the queue."""
 JOBS = ".jobs"
 """The folder beside the runs in which the nodes of jobs leave notes for each other (see meeting.py)."""
+LOGS = "logs"
+"""The folder in a run's own with what each rank said, below one for each start: <job>-<requeues>-<attempt>."""
 QUIET_SECONDS = 300.0
 
 

@@ -48,14 +48,16 @@ class TrainConfig:
     """Steps with a non-finite loss or gradient, which change nothing, before the run stops."""
 
 
-def check(config: "RunConfig") -> None:
-    """What types cannot say; `UserError` before anything is loaded."""
+def check(config: "RunConfig", processes: int | None = None, gpus: bool | None = None) -> None:
+    """What types cannot say; `UserError` before anything is loaded. `processes` and `gpus` are those that it is going
+    to run on; None: what is here."""
     train = config.train
     if train.global_batch < 2 or train.epochs < 1:
         raise UserError(
             f"train.global_batch={train.global_batch} and train.epochs={train.epochs}: expected at least 2 and 1"
         )
-    ranks = world.announced().world_size
+    ranks = world.announced().world_size if processes is None else processes
+    gpus = torch.cuda.is_available() if gpus is None else gpus
     if train.micro_batch != "auto" and train.micro_batch and train.global_batch % (ranks * train.micro_batch):
         raise UserError(
             f"train.global_batch={train.global_batch} does not divide into {ranks} processes × "
@@ -69,7 +71,7 @@ def check(config: "RunConfig") -> None:
             "or checkpoint_activations to false"
         )
     _check_cached_features(config)
-    if train.precision == "fp16" and not torch.cuda.is_available():
+    if train.precision == "fp16" and not gpus:
         raise UserError("train.precision=fp16 needs a GPU; without one use bf16 or fp32")
     if config.evaluate.monitor not in MONITORS:
         raise UserError(f"evaluate.monitor={config.evaluate.monitor!r}, expected one of {', '.join(MONITORS)}")

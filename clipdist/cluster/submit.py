@@ -1,6 +1,7 @@
 """Sends trainings to SLURM, or to this machine, through submitit; what is wrong is found before anything is queued."""
 
 import argparse
+import re
 import shlex
 import subprocess
 import sys
@@ -134,18 +135,15 @@ def add_resource_arguments(parser: argparse.ArgumentParser) -> None:
 
 def minutes(text: str) -> int:
     """Of a time as sbatch takes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
-    days, dash, rest = text.rpartition("-")
-    try:
-        parts = [int(part) for part in rest.split(":")]
-        if dash:
+    total = 0
+    if found := re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text):
+        days, *rest = found.groups()
+        parts = [int(part) for part in rest if part is not None]
+        if days is not None or len(parts) == 3:
             hours, mins, secs = [*parts, 0, 0][:3]
-        elif len(parts) == 3:
-            hours, mins, secs = parts
         else:
             hours, (mins, secs) = 0, [*parts, 0][:2]
         total = int(days or 0) * 1440 + hours * 60 + mins + -(-secs // 60)
-    except ValueError:
-        total = 0
     if total < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a time such as 04:00:00, 2-00:00:00, or minutes")
     return total

@@ -61,10 +61,10 @@ test: lint  ## Lint and the quick suite
 test-all: lint  ## Lint and every test but those on a SLURM
 	$(BIN)/python -m pytest -m "not cluster"
 
-SLURM_PACKAGES := slurmctld slurmd slurm-client munge
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2
 CLUSTER_TESTS ?= cluster
 test-cluster: $(VENV)/.installed-dev  ## The tests on a real SLURM, on this machine; as root installs Debian's packages for it
-	@command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v sbatch >/dev/null && command -v munged >/dev/null \
+	@command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v sbatch >/dev/null && command -v munged >/dev/null && command -v ip >/dev/null \
 		|| { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends $(SLURM_PACKAGES) >/dev/null; }
 	CLIPDIST_CLUSTER_TESTS=1 $(BIN)/python -m pytest -m "$(CLUSTER_TESTS)" tests/cluster
 

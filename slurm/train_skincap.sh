@@ -43,7 +43,7 @@ if [[ ! -f $data/manifest.json ]]; then
 fi
 
 code=0
-srun --ntasks-per-node=1 --kill-on-bad-exit=0 clipdist node "$RECIPE" "$@" --max-crashes "$MAX_CRASHES" \
+srun --ntasks-per-node=1 --kill-on-bad-exit=0 clipdist node "$RECIPE" "$@" --run "$run" --max-crashes "$MAX_CRASHES" \
     --processes-per-node "$PROCESSES_PER_NODE" --accelerate-config "$ACCELERATE_CONFIG" || code=$?
 case $code in
     0) ;;

@@ -15,7 +15,6 @@ from clipdist.cluster.logs import note_output
 from clipdist.cluster.meeting import Crash, Meeting
 from clipdist.cluster.node import CRASHED, FINISHED, GRACE_SECONDS, STOPPED, WRONG, Node
 from clipdist.cluster.runs import LOGS, STOP
-from clipdist.train.checkpoint import newest_step
 from clipdist.world import Allocation
 
 LOST = 70
@@ -154,6 +153,8 @@ def _came(meeting: Meeting) -> bool:
 
 
 def _newest(run: Path) -> str:
+    from clipdist.train.checkpoint import newest_step  # brings the towers, for which a start need not wait
+
     step = newest_step(run / "checkpoints")
     return "" if step is None else str(step)
 

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes-per-node", type=int, default=0, metavar="N", help="default: one for each GPU that the job has here"
     )
     parser.add_argument("--accelerate-config", type=Path, default=Path("launch/accelerate/gpu.yaml"), metavar="FILE")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="the run's folder, where that is known: starts sooner")
     parser.add_argument(
         "--shared", type=Path, metavar="DIR", help="folder that all nodes see (default: .jobs beside the run)"
     )
@@ -32,7 +33,6 @@ def run(args: argparse.Namespace) -> int:
     from clipdist import world
     from clipdist.cluster.job import Limits, Training, run_job
     from clipdist.cluster.runs import JOBS
-    from clipdist.config import load_config
     from clipdist.errors import UserError
 
     allocation = world.allocation()
@@ -43,13 +43,17 @@ def run(args: argparse.Namespace) -> int:
     processes = args.processes_per_node or allocation.gpus
     if processes < 1:
         raise UserError("the job has no GPUs on this node; ask for some, or set --processes-per-node")
-    config = load_config(args.recipe, args.overrides)
+    run_folder = args.run
+    if run_folder is None:
+        from clipdist.config import load_config  # brings the towers, which takes seconds
+
+        run_folder = load_config(args.recipe, args.overrides).folder
     training = Training(
         words=[str(args.recipe), *args.overrides],
-        run=config.folder,
+        run=run_folder,
         processes=processes,
         accelerate_config=args.accelerate_config,
-        shared=args.shared or config.folder.parent / JOBS,
+        shared=args.shared or run_folder.parent / JOBS,
         limits=Limits(args.max_crashes, args.rendezvous_seconds),
     )
     return run_job(training, allocation)

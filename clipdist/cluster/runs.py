@@ -8,7 +8,6 @@ from typing import Any
 
 from clipdist.cluster.meeting import last_beat
 from clipdist.errors import UserError
-from clipdist.evaluate.report import read_metrics
 
 STOP = "stop"
 """A file of this name in a run's folder: the next stop on request is for good, and no job goes back into the queue."""
@@ -57,6 +56,8 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def read_run(folder: Path) -> RunState:
+    from clipdist.evaluate.report import read_metrics  # brings matplotlib, for which a job's start need not wait
+
     training: dict[str, Any] = {}
     metrics = folder / "metrics.jsonl"
     records, _ = read_metrics(metrics) if metrics.exists() else ([], 0)

@@ -194,10 +194,6 @@ def prepare(config: "RunConfig", args: argparse.Namespace, evaluate: bool = True
         raise UserError(
             f"train.processes={config.train.processes}, but {args.nodes} × {processes} would run; change one of them"
         )
-    if config.train.global_batch % (args.nodes * processes):
-        raise UserError(
-            f"train.global_batch={config.train.global_batch} does not divide by {args.nodes} × {processes} processes"
-        )
     _check_data(config)
     _check_run(config)
     training = Training(

@@ -25,8 +25,8 @@ class TrainConfig:
     """Pairs per step over all ranks: each is contrasted with all the others."""
     epochs: int
     micro_batch: NonNegativeInt | Literal["auto"] = 0
-    """Pairs per rank that are in memory at a time; 0: all of the rank's share; auto: as many as fit, by what a row is
-    measured to need. Less than the rank's share costs a second forward pass and changes no gradient."""
+    """Pairs per rank that are in memory at a time, at most; 0: all of the rank's share; auto: as many as fit, by what a
+    row is measured to need. Less than the rank's share costs a second forward pass and changes no gradient."""
     precision: Precision = "fp32"
     tf32: bool = False
     """Lets GPUs round the factors of float32 matrix products to 10 bits: faster, and no longer float32's precision."""
@@ -58,11 +58,10 @@ def check(config: "RunConfig", processes: int | None = None, gpus: bool | None =
         )
     ranks = world.announced().world_size if processes is None else processes
     gpus = torch.cuda.is_available() if gpus is None else gpus
-    if train.micro_batch != "auto" and train.micro_batch and train.global_batch % (ranks * train.micro_batch):
+    if train.global_batch % ranks:
         raise UserError(
-            f"train.global_batch={train.global_batch} does not divide into {ranks} processes × "
-            f"train.micro_batch={train.micro_batch}; choose a global batch that is a multiple of "
-            f"{ranks * train.micro_batch}, or another micro-batch"
+            f"train.global_batch={train.global_batch} does not divide by {ranks} processes; choose a multiple of "
+            f"{ranks}, or another number of processes"
         )
     towers = (config.model.image, config.model.text)
     if train.micro_batch == "auto" and any(tower.checkpoint_activations for tower in towers):

@@ -76,6 +76,12 @@ class Choice:
         return asdict(self)
 
 
+def even_micro_batch(rows: int, most: int) -> int:
+    """The rows of a micro-batch where `rows` are embedded in as few as `most` rows at a time allow, all about equal: a
+    job that goes on with more or fewer processes has another share, which the recipe's number need not divide."""
+    return -(-rows // -(-rows // min(most, rows)))
+
+
 def choose_micro_batch(
     model: DualEncoder,
     unused: frozenset[str],

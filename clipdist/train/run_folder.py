@@ -60,7 +60,7 @@ def open_run(config: "RunConfig", data: Mixture, who: world.World) -> RunFolder:
     if who.is_main:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = hold(folder)
+            lock = hold(folder, _lock_seconds(config.train.hang_minutes))
     world.barrier()  # until the run is ours, whoever had it may still write a checkpoint
     if written.exists():
         if config.resume == "never":
@@ -79,6 +79,13 @@ def open_run(config: "RunConfig", data: Mixture, who: world.World) -> RunFolder:
         with disk_errors(folder):
             write_atomically(written, to_yaml(config).encode())
     return RunFolder(folder, checkpoint, lock)
+
+
+def _lock_seconds(hang_minutes: float) -> float:
+    """How long to wait for whoever trains the run now. A node that a network lost may still do so, where a job of SLURM
+    has gone on without it: until it takes its peers for hung."""
+    requeued = int(world.slurm_job().get("requeued", 0)) > 0
+    return LOCK_SECONDS + (60 * hang_minutes if requeued else 0)
 
 
 def hold(folder: Path, wait_seconds: float = LOCK_SECONDS) -> IO[str]:

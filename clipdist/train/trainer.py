@@ -39,7 +39,7 @@ from clipdist.train.feature_cache import FeatureCaches
 from clipdist.train.flops import FlopCount
 from clipdist.train.launched import make_accelerator, make_engine
 from clipdist.train.metrics import MetricsWriter, arithmetic, communication, device_peak, last_step, memory
-from clipdist.train.micro_batch import choose_micro_batch, out_of_memory
+from clipdist.train.micro_batch import choose_micro_batch, even_micro_batch, out_of_memory
 from clipdist.train.optim import Schedule, moving_statistics, part_of
 from clipdist.train.run_folder import RunFolder, open_run, write_environment
 from clipdist.train.step import compute_gradient
@@ -132,7 +132,7 @@ class Trainer:
         self.step_flops: float | None = None
         rows = config.train.global_batch // self.world.world_size
         self.micro_batch = self._micro_batch(model, rows)
-        model = settle_batch_norm(model, self.device, self.world.world_size, rows // self.micro_batch)
+        model = settle_batch_norm(model, self.device, self.world.world_size, -(-rows // self.micro_batch))
         if config.train.compile:
             model.image.compile()
             # Captions are as long as a batch's longest: one graph for every length, the same wherever a run goes on.
@@ -155,8 +155,11 @@ class Trainer:
     def _micro_batch(self, model: DualEncoder, rows: int) -> int:
         """Of this rank's `rows`, how many are embedded at a time."""
         config = self.config
-        self.micro_batch_choice: dict[str, Any] = {"micro_batch": config.train.micro_batch or rows}
-        if config.train.micro_batch == "auto":
+        if config.train.micro_batch != "auto":
+            self.micro_batch_choice: dict[str, Any] = {
+                "micro_batch": even_micro_batch(rows, config.train.micro_batch or rows)
+            }
+        else:
             choice = choose_micro_batch(
                 model,
                 self.unused,

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from clipdist.prepare.phantom import write_skincap_layout
+from tests.cluster.jobs import Job
 from tests.cluster.slurm import LocalSlurm, missing
 from tests.conftest import TINY
 
@@ -65,3 +66,15 @@ def cluster_recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    slurm: LocalSlurm, tmp_path_factory: pytest.TempPathFactory, cluster_recipe: Callable[..., Path], raw: Path
+) -> Path:
+    """The folder of the run that nothing happened to; its set is packed by the job."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    job = Job(slurm, folder, cluster_recipe(folder), raw)
+    found = job.finish()
+    assert found["Restarts"] == "0"
+    return folder

@@ -1,11 +1,14 @@
 """A real SLURM on this machine: a controller and a few nodes, each with a host name, a process tree and fake GPUs of
 its own, on loopback alone.
 
-Needs root, Linux namespaces and Debian's packages slurmctld, slurmd, slurm-client and munge. What makes it work:
+Needs root, Linux namespaces and Debian's packages slurmctld, slurmd, slurm-client, munge and iproute2. What makes it
+work:
 
 - All daemons listen on 127.0.0.1, nodes on ports of their own. With an address for each node, `srun` within a job waits
   forever: a step calls back the address that the connection came from.
 - A node is the first process of a process namespace, so killing it is what pulling its plug would be.
+- With `network`, each node has a network of its own as well, whose cable can be pulled: point-to-point links to the
+  controller's, which routes between them. There each node may have an address of its own.
 - GPUs are character devices that SLURM counts; programs see `CUDA_VISIBLE_DEVICES`, and no GPU behind it.
 """
 
@@ -20,12 +23,15 @@ from pathlib import Path
 from typing import Any
 
 NODES = 4
-DAEMONS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "scontrol")
+DAEMONS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "scontrol", "ip")
 CONTROL_PORT, FIRST_PORT = 16917, 17100
+NETWORK, CONTROL_HOST = "10.77.0", 254
+SPACE = "clipdist-"
+"""How the names of our network namespaces begin."""
 
 CONFIGURATION = """
 ClusterName=clipdist
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({control_address})
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -64,9 +70,10 @@ ReturnToService=2
 GresTypes=gpu
 SlurmctldParameters=preempt_send_user_signal
 SlurmdParameters=config_overrides
-NodeName=n[1-{nodes}] NodeAddr=127.0.0.1 Port={first_port}-{last_port} CPUs=4 RealMemory=8000 Gres=gpu:4 State=UNKNOWN
+NodeName=n[1-{nodes}] NodeAddr={node_addresses} Port={ports} CPUs=4 RealMemory=8000 Gres=gpu:4 State=UNKNOWN
 PartitionName=low  Nodes=ALL Default=YES PriorityTier=1  PreemptMode=REQUEUE GraceTime=0  DefaultTime=30
 PartitionName=kind Nodes=ALL             PriorityTier=1  PreemptMode=REQUEUE GraceTime=60 DefaultTime=30
+PartitionName=closed Nodes=ALL           AllowAccounts=theirs                             DefaultTime=30
 PartitionName=high Nodes=ALL             PriorityTier=10 PreemptMode=OFF                  DefaultTime=30
 """
 
@@ -86,8 +93,10 @@ def missing() -> str:
 
 
 class LocalSlurm:
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    """`network`: each node has one of its own."""
+
+    def __init__(self, root: Path, network: bool = False) -> None:
+        self.root, self.network = root, network
         self.environment = {**os.environ, "SLURM_CONF": str(root / "slurm.conf")}
         self.environment["PATH"] += ":/usr/sbin:/sbin"
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
@@ -99,16 +108,25 @@ class LocalSlurm:
             (root / name).mkdir(parents=True)
         root.chmod(0o755)
         names = [f"n{number}" for number in range(1, NODES + 1)]
-        (root / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"127.0.0.1 {n}\n" for n in [host, *names]))
+        addresses = {name: self._address(number) for number, name in enumerate(names, 1)}
+        addresses[host] = self._address(CONTROL_HOST)
+        lines = [f"{address} {name}\n" for name, address in addresses.items()]
+        (root / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
+        if self.network:
+            self._lay_cables()
         for number in range(4):  # as /dev/null is
             os.mknod(root / "dev" / f"nvidia{number}", 0o666 | 0o020000, os.makedev(1, 3))
         (root / "gres.conf").write_text(f"Name=gpu File={root}/dev/nvidia[0-3] Flags=nvidia_gpu_env\n")
         (root / "cgroup.conf").write_text(
             "CgroupPlugin=cgroup/v1\n"
         )  # unused; found out by itself, it would be mounted
-        last = FIRST_PORT + NODES - 1
-        ports = {"control_port": CONTROL_PORT, "first_port": FIRST_PORT, "last_port": last}
-        (root / "slurm.conf").write_text(CONFIGURATION.format(host=host, root=root, nodes=NODES, **ports))
+        where = {
+            "control_address": self._address(CONTROL_HOST),
+            "control_port": CONTROL_PORT,
+            "node_addresses": f"{NETWORK}.[1-{NODES}]" if self.network else "127.0.0.1",
+            "ports": str(FIRST_PORT) if self.network else f"{FIRST_PORT}-{FIRST_PORT + NODES - 1}",
+        }
+        (root / "slurm.conf").write_text(CONFIGURATION.format(host=host, root=root, nodes=NODES, **where))
         key = root / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
@@ -120,20 +138,59 @@ class LocalSlurm:
             self.start_node(name)
         self._until(lambda: self.idle() == NODES, 30, "all nodes are idle")
 
+    def _address(self, number: int) -> str:
+        return f"{NETWORK}.{number}" if self.network else "127.0.0.1"
+
+    def _lay_cables(self) -> None:
+        control = f"{SPACE}control"
+        self._ip("netns", "add", control)
+        self._ip("-n", control, "link", "set", "lo", "up")
+        self._ip("-n", control, "addr", "add", f"{NETWORK}.{CONTROL_HOST}/32", "dev", "lo")
+        forward = ["sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"]
+        subprocess.run(["ip", "netns", "exec", control, *forward], check=True, timeout=60)
+        for number in range(1, NODES + 1):
+            space, cable = f"{SPACE}n{number}", f"v{number}"
+            self._ip("netns", "add", space)
+            self._ip("-n", control, "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", space)
+            for device in ("lo", "eth0"):
+                self._ip("-n", space, "link", "set", device, "up")
+            self._ip("-n", space, "addr", "add", f"{NETWORK}.{number}/32", "dev", "eth0")
+            self._ip("-n", space, "route", "add", f"{NETWORK}.{CONTROL_HOST}", "dev", "eth0")
+            self._ip("-n", space, "route", "add", "default", "via", f"{NETWORK}.{CONTROL_HOST}")
+            self.plug(f"n{number}")
+
+    def plug(self, node: str) -> None:
+        """Puts a node's cable in."""
+        cable = f"v{node[1:]}"
+        self._ip("-n", f"{SPACE}control", "link", "set", cable, "up")
+        self._ip("-n", f"{SPACE}control", "route", "replace", f"{NETWORK}.{node[1:]}", "dev", cable)
+
+    def unplug(self, node: str) -> None:
+        """Pulls a node's cable: nothing reaches it, nothing comes from it, and nobody is told."""
+        self._ip("-n", f"{SPACE}control", "link", "set", f"v{node[1:]}", "down")
+
+    def _ip(self, *words: str) -> None:
+        subprocess.run(["ip", *words], check=True, timeout=60)
+
+    def _inside(self, space: str) -> list[str]:
+        # Not `ip netns exec`, which mounts /sys anew: slurmd misses its control groups there.
+        return ["nsenter", f"--net=/run/netns/{SPACE}{space}"] if self.network else []
+
     def idle(self) -> int:
         """How many nodes wait for work."""
         return self.run("sinfo", "-h", "-p", "low", "-N", "-o", "%t").split().count("idle")
 
     def _daemon(self, *words: str) -> None:
         with open(self.root / f"{words[0]}.out", "wb") as out:
-            self._daemons.append(subprocess.Popen([*WITH_US, *words], stdout=out, stderr=out, env=self.environment))
+            words = (*WITH_US, *self._inside("control"), *words)
+            self._daemons.append(subprocess.Popen(words, stdout=out, stderr=out, env=self.environment))
 
     def start_node(self, name: str) -> None:
         """Powers a node on."""
         words = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", NODE]
         with open(self.root / f"{name}.out", "ab") as out:
             self._nodes[name] = subprocess.Popen(
-                [*WITH_US, *words, "node", name, str(self.root)],
+                [*WITH_US, *self._inside(name), *words, "node", name, str(self.root)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -157,9 +214,13 @@ class LocalSlurm:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        if self.network:
+            for space in ("control", *(f"n{number}" for number in range(1, NODES + 1))):
+                subprocess.run(["ip", "netns", "del", f"{SPACE}{space}"], check=False, timeout=60)
 
     def run(self, *words: str, check: bool = False, **more: Any) -> str:
         """Standard output of a command of SLURM."""
+        words = (*self._inside("control"), *words)
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=self.environment, **more)
         assert not check or done.returncode == 0, f"{words}: {done.stderr}"
         return done.stdout
@@ -167,7 +228,7 @@ class LocalSlurm:
     def submit(self, *words: str, cwd: Path, **variables: str) -> str:
         """`sbatch` and its words; the job's number."""
         done = subprocess.run(
-            ["sbatch", "--parsable", *words],
+            [*self._inside("control"), "sbatch", "--parsable", *words],
             capture_output=True,
             text=True,
             timeout=60,

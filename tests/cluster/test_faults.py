@@ -4,83 +4,18 @@ run that nothing happened to, and the same weights to the last bit."""
 import json
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import psutil
 import pytest
-import torch
 
+from tests.cluster.jobs import LAST, Job, assert_the_same
 from tests.cluster.slurm import LocalSlurm
-from tests.distributed.test_training import ROOT, column, weights
+from tests.distributed.test_training import ROOT, column
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
-LAST = 36
-
-
-class Job:
-    """A job of slurm/train_skincap.sh on 2 nodes × 2 tasks."""
-
-    def __init__(
-        self, slurm: LocalSlurm, folder: Path, recipe: Path, raw: Path, *options: str, words: Sequence[str] = ()
-    ) -> None:
-        self.slurm, self.run, self.log = slurm, folder / "runs" / "tiny", folder / "job.log"
-        variables = {
-            "RECIPE": str(recipe),
-            "SKINCAP_RAW": str(raw),
-            "ACCELERATE_CONFIG": "launch/accelerate/cpu.yaml",
-            "OMP_NUM_THREADS": "1",
-        }
-        options = ("--nodes=2", "--gpus-per-node=2", f"--output={self.log}", *options)
-        self.number = slurm.submit(*options, "slurm/train_skincap.sh", *words, cwd=ROOT, **variables)
-
-    def reach(self, step: int, seconds: float = 120) -> None:
-        """Until the run has logged this step."""
-        end = time.monotonic() + seconds
-        while not ((self.run / "metrics.jsonl").exists() and max(column(self.run, "train/loss"), default=0) >= step):
-            state = self.slurm.job(self.number)
-            assert state["JobState"] in ("RUNNING", "PENDING"), f"{state['JobState']}: {self.said()}"
-            assert time.monotonic() < end, self.said()
-            time.sleep(0.05)
-
-    def ranks(self) -> list[psutil.Process]:
-        """The processes that train, in the order of their ranks; they are this machine's, too."""
-        found = []
-        for process in psutil.process_iter(["cmdline", "environ"]):
-            words, environment = process.info["cmdline"] or [], process.info["environ"] or {}
-            ours = environment.get("SLURM_JOB_ID") == self.number and "RANK" in environment
-            if ours and "clipdist.train" in words and "--config_file" not in words:
-                found.append((int(environment["RANK"]), process.pid, process))
-        first = {}
-        for rank, _, process in sorted(found, key=lambda item: item[:2]):
-            first.setdefault(rank, process)  # loader workers are forked from a rank later
-        return list(first.values())
-
-    def finish(self, seconds: float = 240) -> dict[str, str]:
-        try:
-            return self.slurm.wait(self.number, seconds=seconds)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.said()}") from None
-
-    def nodes(self) -> list[str]:
-        return self.slurm.run("scontrol", "show", "hostnames", self.slurm.job(self.number)["NodeList"]).split()
-
-    def said(self, whole: bool = False) -> str:
-        text = self.log.read_text(errors="replace") if self.log.exists() else ""
-        return text if whole else text[-6000:]
-
-
-@pytest.fixture(scope="session")
-def undisturbed(
-    slurm: LocalSlurm, tmp_path_factory: pytest.TempPathFactory, cluster_recipe: Callable[..., Path], raw: Path
-) -> Path:
-    """The folder of the run that nothing happened to; its set is packed by the job."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    job = Job(slurm, folder, cluster_recipe(folder), raw)
-    found = job.finish()
-    assert found["Restarts"] == "0"
-    return folder
 
 
 @pytest.fixture
@@ -94,16 +29,6 @@ def start(
         return Job(slurm, tmp_path, cluster_recipe(tmp_path), raw, *options, words=words)
 
     return begin
-
-
-def assert_the_same(run: Path, undisturbed: Path) -> None:
-    whole = undisturbed / "runs" / "tiny"
-    assert column(run, "data/digest") == column(whole, "data/digest")
-    assert len(column(run, "data/digest")) == LAST
-    assert column(run, "train/loss") == column(whole, "train/loss")
-    for name, tensor in weights(whole).items():
-        assert torch.equal(tensor, weights(run)[name]), name
-    assert (run / "report.html").exists()
 
 
 def test_to_the_end(undisturbed: Path) -> None:
@@ -176,6 +101,29 @@ def test_a_node_crashes(slurm: LocalSlurm, start: Callable[..., Job], undisturbe
     assert_the_same(job.run, undisturbed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1], ids=["of-the-first-node", "of-the-second-node"])
+def test_a_cable_is_pulled(
+    which: int, tmp_path: Path, cluster_recipe: Callable[..., Path], raw: Path, undisturbed: Path
+) -> None:
+    """A node that nothing reaches any more: its ranks still run, and one of them may still hold the run."""
+    (tmp_path / "data").symlink_to(undisturbed / "data")
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        networked = LocalSlurm(Path(folder), network=True)
+        try:
+            networked.up()
+            job = Job(networked, tmp_path, cluster_recipe(tmp_path), raw, words=["train.hang_minutes=0.1"])
+            job.reach(6)
+            lost = job.nodes()[which]
+            networked.unplug(lost)
+            found = job.finish()
+            assert found["Restarts"] == "1"
+            assert lost not in job.nodes()
+        finally:
+            networked.down()
+    assert_the_same(job.run, undisturbed)
+
+
 @pytest.mark.parametrize("partition", [pytest.param("low", marks=pytest.mark.slow), "kind"])
 def test_preempted(partition: str, slurm: LocalSlurm, start: Callable[..., Job], undisturbed: Path) -> None:
     """By a job that may: killed at once, or after a grace in which the run saves."""
@@ -191,6 +139,78 @@ def test_preempted(partition: str, slurm: LocalSlurm, start: Callable[..., Job],
     assert len(starts) == 2
     assert starts[1]["job"] == job.number
     assert starts[1]["lost_steps"] <= (4 if partition == "low" else 0)
+    assert_the_same(job.run, undisturbed)
+
+
+@pytest.mark.slow
+def test_the_time_limit(start: Callable[..., Job], undisturbed: Path) -> None:
+    """SLURM's own signal ahead of it. The ranks are held until it has come; it waits for them."""
+    job = start("--time=4", "--signal=USR1@60")
+    job.reach(6)
+    ranks = job.ranks()
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGSTOP)
+    end = time.monotonic() + 270
+    while not all(pending(rank.pid, signal.SIGUSR1) for rank in ranks):
+        assert time.monotonic() < end, "no signal came"
+        time.sleep(0.2)
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGCONT)
+    assert int(job.finish()["Restarts"]) >= 1
+    starts = json.loads((job.run / "environment.json").read_text())["starts"]
+    assert all(start["lost_steps"] == 0 for start in starts)
+    assert_the_same(job.run, undisturbed)
+
+
+def pending(pid: int, number: signal.Signals) -> bool:
+    """Whether the signal waits for this process, by Linux' mask of those that do."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return any(
+        int(line.split()[1], 16) & (1 << (number - 1))
+        for line in status.splitlines()
+        if line.startswith(("ShdPnd:", "SigPnd:"))
+    )
+
+
+def test_cancelled_it_stays_away(start: Callable[..., Job]) -> None:
+    job = start()
+    job.reach(6)
+    job.slurm.run("scancel", job.number, check=True)
+    found = job.slurm.wait(job.number, ("CANCELLED",))
+    assert found["Restarts"] == "0"
+    time.sleep(3)
+    assert job.slurm.job(job.number)["JobState"] == "CANCELLED"
+
+
+def test_on_fewer_nodes(start: Callable[..., Job], undisturbed: Path) -> None:
+    """The same global batches in the same order, each rank with twice the rows."""
+    job = start()
+    job.reach(6)
+    job.slurm.run("scancel", "--signal=USR1", job.number, check=True)
+    job.slurm.wait(job.number, ("PENDING",))
+    job.slurm.run("scontrol", "update", f"JobId={job.number}", "NumNodes=1", check=True)
+    job.finish()
+    environment = json.loads((job.run / "environment.json").read_text())
+    assert [start["world_size"] for start in environment["starts"]] == [4, 2]
+    assert column(job.run, "data/digest") == column(undisturbed / "runs" / "tiny", "data/digest")
+    losses, whole = column(job.run, "train/loss"), column(undisturbed / "runs" / "tiny", "train/loss")
+    assert {step: losses[step] for step in range(1, 7)} == {step: whole[step] for step in range(1, 7)}
+
+
+@pytest.mark.slow
+def test_a_bad_node_is_left_out(start: Callable[..., Job], undisturbed: Path) -> None:
+    """One on which ranks die twice without a checkpoint in between: the job goes back into the queue without it."""
+    job = start(words=["checkpoint.every_steps=0"])
+    bad = job.nodes_once_running()[1]
+    for _ in range(2):
+        ranks = job.ranks_once_there(4)
+        os.kill(ranks[3].pid, signal.SIGKILL)
+        for rank in ranks:
+            rank.wait(60)
+    found = job.finish()
+    assert (found["Restarts"], found["ExcNodeList"]) == ("1", bad)
+    assert bad not in job.nodes()
+    assert f"a rank died ({bad}); its fault again: to go on without it" in job.said(whole=True)
     assert_the_same(job.run, undisturbed)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clipdist.config import load_config
 from clipdist.data.text import train_wordpiece
@@ -22,6 +24,7 @@ from clipdist.train.micro_batch import (
     cgroup_free_bytes,
     choose_micro_batch,
     estimate_step,
+    even_micro_batch,
     free_bytes,
     kept_bytes,
     out_of_memory,
@@ -276,3 +279,18 @@ def test_bf16_is_no_advice_for_bf16() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
     with pytest.raises(KeyError), out_of_memory(24, 24, "bf16"):
         raise KeyError("another error stays what it is")
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_micro_batches_are_few_and_even(rows: int, most: int) -> None:
+    size = even_micro_batch(rows, most)
+    number = -(-rows // size)
+    assert 1 <= size <= most
+    assert number == -(-rows // min(most, rows)), "no more of them than needed"
+    assert rows - (number - 1) * size > 0
+    assert size - rows // number <= 1, "the largest has at most one row more than the mean"
+
+
+def test_a_number_that_does_not_divide_the_share_goes_on(recipe: Callable[..., Path]) -> None:
+    assert Trainer(load_config(recipe(), ["train.micro_batch=7"])).micro_batch == 6
+    assert Trainer(load_config(recipe(name="more"), ["train.micro_batch=70"])).micro_batch == 24

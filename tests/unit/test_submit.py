@@ -94,7 +94,7 @@ def test_what_is_interpolated_is_quoted(recipe: Callable[..., Path]) -> None:
         ({"train__epochz": 3}, (), "unknown key train.epochz; did you mean epochs?"),
         ({"data__set": "nowhere"}, (), "nowhere"),
         ({"data__train_split": "trian"}, (), "no split 'trian'; it has 'train', 'val'"),
-        ({}, ("--nodes", "5"), "train.global_batch=24 does not divide by 5 × 2 processes"),
+        ({}, ("--nodes", "5"), "train.global_batch=24 does not divide by 10 processes"),
         ({}, ("--accelerate-config", "launch/accelerate/gpuu.yaml"), "launch/accelerate/gpuu.yaml: cannot be read"),
         ({}, ("--accelerate-config", "launch/recipes/skincap.yaml"), "no configuration of accelerate"),
         ({"train__precision": "fp16"}, (), "train.precision=fp16 needs a GPU"),

@@ -110,6 +110,10 @@ class Allocation:
     """Which of them this is."""
     gpus: int
     """Of this node; 0 without."""
+    step: str = ""
+    """SLURM's number of the step that `srun` made this process a task of; empty in the job's own script."""
+    task: int = 0
+    """Which of the step's tasks on this node this is."""
     slurm: bool = True
     """False: there is no SLURM, and this stands for the machine at hand."""
 
@@ -124,12 +128,15 @@ def allocation() -> Allocation | None:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return None
-    listed = os.environ["SLURM_JOB_NODELIST"]
+    # A step may have fewer nodes than its job, and the node's number counts them.
+    listed = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
     words = ["scontrol", "show", "hostnames", listed]
     nodes = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout.split()
     number = int(os.environ.get("SLURM_NODEID", 0))
     gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", 0))
-    return Allocation(job, int(os.environ.get("SLURM_RESTART_COUNT", 0)), tuple(nodes), number, gpus)
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    step, task = os.environ.get("SLURM_STEP_ID", ""), int(os.environ.get("SLURM_LOCALID", 0))
+    return Allocation(job, restarts, tuple(nodes), number, gpus, step, task)
 
 
 def slurm_job() -> dict[str, str]:

@@ -22,6 +22,7 @@ VERBS = {
     "consolidate": ("clipdist.train.consolidate_command", "the weights of a checkpoint as one safetensors file"),
     "eval": ("clipdist.evaluate.command", "score a model on a shard set: retrieval over the full gallery"),
     "runs": ("clipdist.cluster.runs_command", "list runs: state, step, loss, speed, last sign of life"),
+    "board": ("clipdist.cluster.board_command", "TensorBoard of runs on this host, and how to see it from another"),
     "stop": ("clipdist.cluster.stop_command", "save and end a run for good, here or on SLURM"),
     "report": ("clipdist.evaluate.report_command", "write a run's report.html anew"),
 }

@@ -68,7 +68,7 @@ class AppendedFile:
         self.outage = Outage()
         self._synced = path.stat().st_size if path.exists() else 0
         self._kept = bytearray()  # what follows `_synced`
-        self._written = 0  # how much of it is in the file
+        self._whole = 0  # how much of it has once been in the file
 
     def append(self, data: bytes) -> None:
         """Adds whole lines or records, now or, while the disk refuses, with a later call."""
@@ -87,7 +87,6 @@ class AppendedFile:
             with disk_outages(self.path):
                 self._write(sync)
         except DiskError as error:
-            self._written = 0
             self.outage.failed(error, str(self.path), "what belongs there is kept until then")
             raise
         self.outage.over(str(self.path))
@@ -97,15 +96,17 @@ class AppendedFile:
         try:
             # Of a disk that came back with less, the end counts: beyond it there would be a hole.
             self._synced = min(self._synced, os.fstat(descriptor).st_size)
-            whole = self._written
+            written = 0 if self.outage.error else self._whole
             try:
-                while self._written < len(self._kept):
-                    left = bytes(self._kept[self._written :])
-                    self._written += os.pwrite(descriptor, left, self._synced + self._written)
+                while written < len(self._kept):
+                    left = bytes(self._kept[written:])
+                    written += os.pwrite(descriptor, left, self._synced + written)
             except OSError:
                 with suppress(OSError):  # a torn end; written over later, if it cannot be cut off now
-                    os.ftruncate(descriptor, self._synced + whole)
+                    if os.fstat(descriptor).st_size > self._synced + self._whole:
+                        os.ftruncate(descriptor, self._synced + self._whole)
                 raise
+            self._whole = written
             if sync:
                 os.fsync(descriptor)
         finally:
@@ -114,4 +115,4 @@ class AppendedFile:
             fsync_folder(self.path.parent)
             self._synced += len(self._kept)
             self._kept.clear()
-            self._written = 0
+            self._whole = 0

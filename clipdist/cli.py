@@ -24,6 +24,7 @@ VERBS = {
     "eval": ("clipdist.evaluate.command", "score a model on a shard set: retrieval over the full gallery"),
     "runs": ("clipdist.cluster.runs_command", "list runs: state, step, loss, speed, last sign of life"),
     "logs": ("clipdist.cluster.logs_command", "show what a run's jobs and ranks said"),
+    "board": ("clipdist.cluster.board_command", "TensorBoard of runs on this host, and how to see it from another"),
     "stop": ("clipdist.cluster.stop_command", "save and end a run for good, here or on SLURM"),
     "report": ("clipdist.evaluate.report_command", "write a run's report.html anew"),
 }

@@ -43,10 +43,15 @@ def read_runs(folders: list[Path]) -> list[RunState]:
 
     Raises `UserError` where there is none.
     """
+    return sorted(map(read_run, find_runs(folders)), key=lambda run: -(run.seconds_since or 0.0))
+
+
+def find_runs(folders: list[Path]) -> list[Path]:
+    """Each folder that is a run, and the runs in each that holds some. Raises `UserError` where there is none."""
     found = [path for folder in folders for path in _runs_in(folder)]
     if not found:
         raise UserError(f"{', '.join(map(str, folders))}: no run there; expected runs/<name>, or a folder of runs")
-    return sorted(map(read_run, found), key=lambda run: -(run.seconds_since or 0.0))
+    return found
 
 
 def _runs_in(folder: Path) -> list[Path]:

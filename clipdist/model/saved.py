@@ -53,14 +53,20 @@ def save_model(
     """Writes the folder whole or not at all, replacing what was there. `about` says what it was trained on; `weights`
     is the model's state when what `model` itself holds of it is only a part.
 
-    Raises `UserError` when the disk is full or cannot be written.
+    Raises `DiskError` when the disk is full or fails, `UserError` when the folder cannot be written.
     """
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():  # a call that failed between its two renames
+        os.replace(old, folder)
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     weights = model.state_dict() if weights is None else weights
     with disk_errors(folder):
-        _write(partial, model, weights, tokenizer, scores, about)
+        try:
+            _write(partial, model, weights, tokenizer, scores, about)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk needs its space back
+            raise
         if folder.exists():
             os.replace(folder, old)
         os.replace(partial, folder)

@@ -33,10 +33,11 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from clipdist import world
 from clipdist.data.shards import checksum_file, fsync_folder, write_atomically
-from clipdist.errors import UserError, disk_errors
+from clipdist.errors import DiskError, UserError, disk_errors, disk_outages
 from clipdist.model.saved import plain
 from clipdist.settings import settings
 from clipdist.train.engine import OptimizerState
+from clipdist.train.outage import Outage
 from clipdist.train.stored import Stored
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,9 @@ class CheckpointConfig:
     """How many of the newest stay."""
     in_background: bool = True
     """Training goes on while a checkpoint is written; it takes as much memory more as weights and optimiser have."""
+    retry_minutes: NonNegativeFloat = 10.0
+    """At the end, or when asked to stop, a disk that refuses the last checkpoint is waited for so long. In between,
+    training goes on without, however long it takes."""
 
 
 class Checkpoint(NamedTuple):
@@ -74,23 +78,37 @@ class Checkpoint(NamedTuple):
 
 
 class CheckpointSaver:
-    """Saves the checkpoints of a run, in a thread of its own if so configured.
+    """Saves the checkpoints of a run, in a thread of its own if so configured, and outlives a disk that refuses them.
 
     Rank 0 has one; where the engine holds its state in parts, every rank has one and calls its methods together with
-    the others. At most one checkpoint is being written: `save` waits for the one before. What went wrong in the thread,
-    the `UserError` of a full disk above all, is raised by whichever of the methods is called next.
+    the others. At most one checkpoint is being written: `save` waits for the one before.
+
+    What the disk refuses is no exception: rank 0 warns, `error` says it on every rank that has a saver, and `wants`
+    asks for another checkpoint after a pause. Any other failure in the thread is raised by whichever of the methods is
+    called next. `before` is called by rank 0 at each save: what must be on the disk first.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: CheckpointConfig, before: Callable[[], None] | None = None) -> None:
+        self.folder, self.config, self.before = folder, config, before
+        self.main = world.connected().is_main
+        self.outage = Outage(tells=self.main)
         self._pool = ThreadPoolExecutor(1, "checkpoint") if config.in_background else None
-        self._pending: Future[Any] | None = None
+        self._pending: tuple[int, Future[Any]] | None = None
         self._group: Any = None
+        self._owed: dict[str, Callable[[], object]] = {}
+        self._newest: int | None = newest_step(folder)
+
+    @property
+    def error(self) -> DiskError | None:
+        """Why there is no checkpoint that holds all up to the last save; None when there is, or it is being written."""
+        return self.outage.error
 
     def save(self, step: int, model: dict[str, Tensor], optimizer: OptimizerState, state: dict[str, Any]) -> None:
         """Takes a copy of everything, and returns as soon as that is made, or, without a thread, when it is written."""
         self.wait()
-        self._run(save_checkpoint, self.folder, step, checkpoint_files(model, optimizer), state, self.config.keep)
+        if self._prepare(step) is None:
+            files = checkpoint_files(model, optimizer)
+            self._run(step, lambda: save_checkpoint(self.folder, step, files, state, self.config.keep))
 
     def save_parts(self, step: int, model: dict[str, Tensor], optimizer: OptimizerState, state: dict[str, Any]) -> None:
         """The same of tensors that lie in parts on the ranks: each writes its own, and rank 0 completes the checkpoint
@@ -98,47 +116,108 @@ class CheckpointSaver:
         self.wait()
         parts = {f"{MODEL}{name}": tensor for name, tensor in model.items()}
         parts |= {f"{OPTIMIZER}{name}": tensor for name, tensor in _moments(optimizer).items()}
-        main = world.connected().is_main
-        if main:
-            with disk_errors(self.folder):
-                _begin(self.folder, step)
         if self._group is None:  # its own: collectives of a thread must not meet those of the training
             self._group = dist.new_group(backend="gloo")
-        world.barrier()
+        refused = world.broadcast_object(self._prepare(step, begin=True) if self.main else None)
+        if refused is not None:
+            if not self.main:
+                self._refused(step, refused)
+            return
         writer = HuggingFaceStorageWriter(str(_partial(self.folder, step)), save_distributed=True)
         words: dict[str, Any] = {"storage_writer": writer, "process_group": self._group}
         written = dcp.async_save(parts, **words) if self._pool else None
 
         def finish() -> None:
-            with _removed_on_error(self.folder, step, main), disk_errors(self.folder), _unwrapped():
+            with _removed_on_error(self.folder, step, self.main), _unwrapped():
                 if written is None:
                     dcp.save(parts, **words)
                 else:
                     written.result()  # type: ignore[union-attr]
                 # Torch gathers what all ranks have written at rank 0, so here all of it is there.
-                if main:
+                if self.main:
                     _complete(self.folder, step, state)
-            if main:
+            if self.main:
                 _remove_old(self.folder, step, self.config.keep)
 
-        self._run(finish)
+        self._run(step, finish)
 
-    def _run(self, work: Callable[..., Any], *words: Any) -> None:
-        if self._pool is None:
-            work(*words)
-        else:
-            self._pending = self._pool.submit(work, *words)
+    def first(self, what: str, work: Callable[[], object], keep: Callable[[], object] | None = None) -> None:
+        """Does `work`, which writes into the run's folder and may be done twice; what the disk refuses is done again
+        before the next checkpoint, and of the same `what` the last alone. `keep` is then called at once: it copies what
+        will have changed by that time. Rank 0 calls it."""
+        self._owed.pop(what, None)
+        try:
+            with disk_outages(self.folder):
+                work()
+        except DiskError as error:
+            if keep:
+                keep()
+            self._owed[what] = work
+            self.outage.failed(error, what, self._last())
+
+    def wants(self, due: bool) -> bool:
+        """Whether rank 0 is to ask for a save now: when one is `due`, but while the disk refuses, after each pause."""
+        self.check()
+        if self.error is None:
+            return due
+        return self._pending is None and self.outage.pause_left == 0
 
     def check(self) -> None:
-        """Raises what a save that has ended by now failed with."""
-        if self._pending is not None and self._pending.done():
+        """Takes note of a save that has ended by now."""
+        if self._pending is not None and self._pending[1].done():
             self.wait()
 
     def wait(self) -> None:
         """Returns when this process writes nothing any more."""
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+            (step, pending), self._pending = self._pending, None
+            self._settle(step, pending.result)
+
+    def given_up(self) -> DiskError | None:
+        """`error`, for when there will be no further attempt: it tells what is there."""
+        if self.error is None:
+            return None
+        return DiskError(f"{self.error} (tried for {self.config.retry_minutes:g} min; {self._last()})")
+
+    def _prepare(self, step: int, begin: bool = False) -> DiskError | None:
+        """Puts on the disk what belongs there before the checkpoint of `step`; what the disk refused it with."""
+        try:
+            with disk_outages(self.folder):
+                if self.before:
+                    self.before()
+                for what in list(self._owed):
+                    self._owed[what]()
+                    del self._owed[what]
+                if begin:
+                    _begin(self.folder, step)
+        except DiskError as error:
+            self._refused(step, error)
+            return error
+        return None
+
+    def _run(self, step: int, work: Callable[[], object]) -> None:
+        if self._pool is None:
+            self._settle(step, work)
+        else:
+            self._pending = step, self._pool.submit(work)
+
+    def _settle(self, step: int, work: Callable[[], object]) -> None:
+        try:
+            with disk_outages(self.folder):
+                work()
+        except DiskError as error:
+            self._refused(step, error)
+        else:
+            self._newest = step
+            self.outage.over(f"checkpoint of step {step:,}")
+
+    def _refused(self, step: int, error: DiskError) -> None:
+        self.outage.failed(error, f"checkpoint of step {step:,}", self._last())
+
+    def _last(self) -> str:
+        if self._newest is None:
+            return "no checkpoint is complete yet"
+        return f"the last complete checkpoint is of step {self._newest:,}"
 
 
 def checkpoint_files(model: dict[str, Tensor], optimizer: OptimizerState) -> dict[str, dict[str, Tensor]]:
@@ -196,7 +275,8 @@ def _begin(folder: Path, step: int) -> Path:
     for stale in folder.glob("step-*.partial"):  # of a run that was killed while it saved
         shutil.rmtree(stale, ignore_errors=True)
     partial = _partial(folder, step)
-    partial.mkdir(parents=True)
+    folder.mkdir(exist_ok=True)  # not the run's own: where that is gone, something else lies in its place
+    partial.mkdir()
     return partial
 
 
@@ -209,9 +289,11 @@ def _complete(folder: Path, step: int, state: dict[str, Any]) -> None:
     for path in partial.iterdir():
         with open(path, "rb") as written:
             os.fsync(written.fileno())
-    if target.exists():  # the same step again, after a forced resume
-        shutil.rmtree(target)
+    aside = folder / f"{target.name}.old.partial"
+    if target.exists():  # the same step again, after a forced resume, or because something failed behind this line
+        os.replace(target, aside)
     os.replace(partial, target)
+    shutil.rmtree(aside, ignore_errors=True)
     fsync_folder(folder)
     write_atomically(folder / LATEST, (target.name + "\n").encode())
 
@@ -221,7 +303,10 @@ def _remove_old(folder: Path, step: int, keep: int) -> Path:
     target, complete = folder / f"step-{step:08d}", _finished(folder)
     place = complete.index(target)
     for old in [*complete[: max(0, place + 1 - keep)], *complete[place + 1 :]]:
-        shutil.rmtree(old)
+        try:
+            shutil.rmtree(old)
+        except OSError as error:  # the new one is complete all the same
+            logger.warning("%s cannot be removed (%s); the next checkpoint tries again", old, error.strerror)
     return target
 
 

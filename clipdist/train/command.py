@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 
 from clipdist import world
-from clipdist.errors import UserError, WorkerKilled
+from clipdist.errors import DiskError, UserError, WorkerKilled
 from clipdist.train.signals import STOP_SIGNALS
 
 
@@ -82,7 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
         # A launcher takes whatever is not 0 for a failure, and prints a page; whoever reads the note needs none.
         return 0 if note_exit_code(code) else code
     except (UserError, WorkerKilled) as error:
-        note_exit_code(2 if isinstance(error, UserError) else 1)
+        # A disk that is full or failing gets better without a change of the recipe: whoever supervises starts again.
+        code = 2 if isinstance(error, UserError) and not isinstance(error, DiskError) else 1
+        note_exit_code(code)
         if world.announced().rank:
             # Most errors strike every rank: rank 0 prints them and the launcher ends the others meanwhile. Whoever
             # is still here has one of its own.
@@ -90,4 +92,4 @@ def main(arguments: list[str] | None = None) -> int:
         world.report(error)
         sys.stderr.flush()
         # Not sys.exit: other ranks may wait in a collective that this one will never join.
-        os._exit(2 if isinstance(error, UserError) else 1)
+        os._exit(code)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipdist import heartbeat
 from clipdist.data.loader import worker_errors
+from clipdist.train.results import leave_results
 from clipdist.train.signals import Clock, StopRequest
 from clipdist.train.trainer import Trainer
 
@@ -24,8 +25,8 @@ def train(config: "RunConfig") -> int:
     """Trains a run to its end, or until it is asked to stop; goes on by itself where it stopped before.
 
     Every rank calls it. Returns 0 when the run is finished and 75 when it was stopped by a signal and left a
-    checkpoint: start the same command again. Raises `UserError` for what the user can change, and
-    `WorkerKilled` when a loader worker dies.
+    checkpoint: start the same command again. Raises `UserError` for what the user can change, `DiskError` when the
+    disk refuses to take the last checkpoint, and `WorkerKilled` when a loader worker dies.
     """
     hang_minutes = config.train.hang_minutes
     heartbeat.watch(max(hang_minutes, START_MINUTES) if hang_minutes else 0)
@@ -50,18 +51,19 @@ def _train(config: "RunConfig") -> int:
     if progress.step == trainer.total_steps:  # the recipe now ends where an earlier one went on
         progress.finished = True
         with trainer.averaged():
-            trainer.leave_results()
+            leave_results(trainer)
         trainer.save()
         trainer.close()
         return FINISHED
-    request, clock = StopRequest(), Clock(config.checkpoint.every_minutes)
+    request, clock, every = StopRequest(), Clock(config.checkpoint.every_minutes), config.checkpoint.every_steps
     heartbeat.watch(config.train.hang_minutes)
     stop = False
     for batch in trainer.batches():
         trainer.enter_epoch(trainer.epoch_of(batch.step))
         values = trainer.step(batch)
 
-        stop, save, bad = trainer.agree(request.requested, trainer.world.is_main and clock.due(), len(batch.bad))
+        due = clock.due() or bool(every and progress.step % every == 0)
+        stop, save, bad = trainer.agree(request.requested, due, len(batch.bad))
         heartbeat.beat()
         if bad:
             trainer.note_bad_samples(batch, bad)
@@ -84,9 +86,8 @@ def _train(config: "RunConfig") -> int:
 
         if progress.finished:
             with trainer.averaged():
-                trainer.leave_results()  # before the checkpoint that says so: a kill in between must not lose them
-        every = config.checkpoint.every_steps
-        if progress.finished or stop or save or (every and progress.step % every == 0):
+                leave_results(trainer)  # before the checkpoint that says so: a kill in between must not lose them
+        if progress.finished or stop or save:
             trainer.save()
             clock.reset()
         if progress.finished or stop:

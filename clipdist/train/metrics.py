@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import sys
 from datetime import UTC, datetime
@@ -15,10 +14,13 @@ from pydantic import PositiveInt
 
 from clipdist import world
 from clipdist.data.shards import write_atomically
+from clipdist.errors import disk_errors
 from clipdist.settings import settings
+from clipdist.train.outage import AppendedFile
 
 if TYPE_CHECKING:
     from clipdist.train.engine import Engine
+    from clipdist.train.event_file import EventFile
 
 
 class Peak(NamedTuple):
@@ -92,67 +94,66 @@ def last_step(run: Path) -> int:
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and TensorBoard. Resuming at a step removes what was logged after it, so that no step
-    is there twice."""
+    """Appends to `metrics.jsonl` and TensorBoard's event file. Resuming at a step removes what was logged after it, so
+    that no step is there twice.
+
+    While the disk refuses to be written, what belongs there is kept in memory; it follows, in order, with a later line.
+    """
 
     def __init__(self, folder: Path, config: LogConfig, resumed_step: int) -> None:
-        self.path = folder / "metrics.jsonl"
-        if self.path.exists():
-            self._forget_after(resumed_step)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
-        self._board = None
-        if config.tensorboard:
-            # Imported here: it takes a second, and only rank 0 needs it.
-            from torch.utils.tensorboard import SummaryWriter
+        path = folder / "metrics.jsonl"
+        self._board: EventFile | None = None
+        with disk_errors(folder):
+            if path.exists():
+                _forget_after(path, resumed_step)
+            if config.tensorboard:
+                # Imported here: it takes a second, and only rank 0 needs it.
+                from clipdist.train import event_file
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
-
-    def _forget_after(self, step: int) -> None:
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                continue  # a line torn by a kill
-        write_atomically(self.path, "".join(kept).encode())
+                self._board = event_file.EventFile(folder / "tensorboard", resumed_step + 1)
+        self._lines = AppendedFile(path)
 
     def write(self, step: int, epoch: int, values: dict[str, Any]) -> None:
         """One line; numbers also go to TensorBoard. A number that is not finite is written as null."""
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         time = datetime.now(UTC).isoformat(timespec="seconds")
-        self._file.write(json.dumps({"step": step, "epoch": epoch, "time": time, **plain}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, "epoch": epoch, "time": time, **plain}) + "\n"
+        self._lines.append(line.encode())
         if self._board:
-            for key, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(key, value, step)
+            self._board.scalars({k: v for k, v in values.items() if isinstance(v, int | float)}, step)
 
     def image(self, name: str, pixels_HW3: np.ndarray, step: int) -> None:
         if self._board:
-            self._board.add_image(name, pixels_HW3, step, dataformats="HWC")
+            self._board.image(name, pixels_HW3, step)
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
         if self._board:
-            self._board.add_histogram(name, values, step)
+            self._board.histogram(name, values, step)
 
     def hyper_parameters(self, config: dict[str, Any], scores: dict[str, float]) -> None:
         """The run's row in TensorBoard's table of hyper-parameters."""
         if self._board:
-            plain = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in config.items()}
-            self._board.add_hparams(plain, {f"best/{k}": v for k, v in scores.items()}, run_name=".")
+            self._board.hyper_parameters(config, scores)
 
     def sync(self) -> None:
-        """Puts everything so far on disk; called before a checkpoint is taken for good."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        if self._board:
-            self._board.flush()
+        """Puts everything so far on disk; called before a checkpoint is taken for good, and at the end.
 
-    def close(self) -> None:
-        self._file.close()
+        Raises `DiskError` while the disk refuses; nothing is lost by that.
+        """
+        self._lines.sync()
         if self._board:
-            self._board.close()
+            self._board.file.sync()
+
+
+def _forget_after(path: Path, step: int) -> None:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # a line torn by a kill
+    write_atomically(path, "".join(kept).encode())
 
 
 def memory(device: torch.device, *, start_anew: bool = True) -> dict[str, float]:

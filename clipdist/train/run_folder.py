@@ -170,7 +170,8 @@ def write_environment(
         "starts": [*starts, {"time": now, "world_size": who.world_size, **start}],
     }
     body |= {"clipdist": body["versions"]["clipdist"], "torch": torch.__version__}  # type: ignore[index]
-    write_atomically(path, (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode())
+    with disk_errors(folder):
+        write_atomically(path, (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _version(package: str) -> str | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from clipdist import world
+from clipdist import heartbeat, world
 from clipdist.data.caching import open_cache
 from clipdist.data.loader import MASK_64, Batch, TrainLoader
 from clipdist.data.mixing import Mixture
@@ -23,14 +23,13 @@ from clipdist.data.rows import TrainRows
 from clipdist.data.sets.index import open_or_index
 from clipdist.data.shards import write_atomically
 from clipdist.data.text import Tokenizer, captions_of
-from clipdist.errors import UserError
+from clipdist.errors import UserError, disk_errors
 from clipdist.evaluate.embed import embed_split
 from clipdist.loss import ContrastiveLoss
 from clipdist.model.build import build_model, build_tokenizer, settle_batch_norm
 from clipdist.model.dual_encoder import DualEncoder
 from clipdist.model.freeze import StageConfig, apply_stage, stage_of, unused_parameters
-from clipdist.model.saved import save_model
-from clipdist.train import bad_samples
+from clipdist.train.bad_samples import BadSamples
 from clipdist.train.checkpoint import CheckpointSaver, read_checkpoint
 from clipdist.train.config import check
 from clipdist.train.ema import WeightAverage
@@ -41,6 +40,7 @@ from clipdist.train.launched import make_accelerator, make_engine
 from clipdist.train.metrics import MetricsWriter, arithmetic, communication, device_peak, last_step, memory
 from clipdist.train.micro_batch import choose_micro_batch, even_micro_batch, out_of_memory
 from clipdist.train.optim import Schedule, moving_statistics, part_of
+from clipdist.train.results import described, keep_model
 from clipdist.train.run_folder import RunFolder, open_run, write_environment
 from clipdist.train.step import compute_gradient
 from clipdist.train.validate import MONITORS, validate
@@ -103,12 +103,12 @@ class Trainer:
         start = {"step": self.progress.step, "lost_steps": lost, "engine": self.engine.name, **world.slurm_job()}
         start |= self.micro_batch_choice
         write_environment(self.folder.path, self.data, self.world, self.device, self.parameters, start)
-        self.writer = self.saver = None
+        self.saver: CheckpointSaver | None = None
         if self.world.is_main or self.engine.in_parts:
-            self.saver = CheckpointSaver(self.folder.checkpoints, config.checkpoint)
-        if self.world.is_main:
-            self.writer = MetricsWriter(self.folder.path, config.log, self.progress.step)
-            bad_samples.forget(self.folder.path, self.progress.step)
+            self.saver = CheckpointSaver(self.folder.checkpoints, config.checkpoint, self._sync_files)
+        here = self.folder.path, self.progress.step
+        self.writer = MetricsWriter(here[0], config.log, here[1]) if self.world.is_main else None
+        self.bad_samples = BadSamples(*here)
         self.interval = Interval()
 
     def _tokenizer(self) -> Tokenizer:
@@ -117,9 +117,11 @@ class Trainer:
         complete = kept / "complete"
         # What a start without a checkpoint left may come from another recipe.
         if self.world.is_main and not (self.folder.checkpoint and complete.exists()):
-            build_tokenizer(self.config.model, captions_of(self.split)).save(kept)
+            tokenizer = build_tokenizer(self.config.model, captions_of(self.split))
             self.split.let_go()
-            write_atomically(complete, b"")
+            with disk_errors(kept):
+                tokenizer.save(kept)
+                write_atomically(complete, b"")
         world.barrier()
         return Tokenizer.load(kept, self.config.model.text.max_tokens)
 
@@ -298,10 +300,9 @@ class Trainer:
             )
 
     def agree(self, stop: bool, save: bool, bad: int) -> tuple[bool, bool, int]:
-        """(anyone wants to stop, anyone wants to save, bad samples of this step over all ranks)."""
-        if self.saver:
-            self.saver.check()
-        own = torch.tensor([stop, save, bad], dtype=torch.int64, device=self.device)
+        """(anyone wants to stop, rank 0 wants to save, bad samples of this step over all ranks)."""
+        wanted = self.saver is not None and self.saver.wants(save) and self.world.is_main
+        own = torch.tensor([stop, wanted, bad], dtype=torch.int64, device=self.device)
         votes = world.sum_over_ranks(own, "agreement").tolist()
         return votes[0] > 0, votes[1] > 0, votes[2]
 
@@ -310,7 +311,7 @@ class Trainer:
         self.progress.bad_in_epoch += count
         used = self.order.steps_per_epoch * self.order.global_batch
         most = self.config.data.max_bad_fraction
-        bad_samples.note(self.folder.path, batch.bad, self.progress.bad_in_epoch, used, most, self.split.folder)
+        self.bad_samples.note(batch.bad, self.progress.bad_in_epoch, used, most, self.split.folder)
 
     def log(self, values: dict[str, float]) -> dict[str, Any]:
         """Adds throughput and the digest to a step's values and writes them down."""
@@ -356,7 +357,7 @@ class Trainer:
         return step // self.order.steps_per_epoch
 
     def save(self) -> None:
-        """A checkpoint of the current step; it may still be being written when this returns."""
+        """A checkpoint of the current step; it may still be being written when this returns, or refused by the disk."""
         began = time.perf_counter()
         self.features.sync()  # on all ranks, before any of them writes
         digest = self.digest()
@@ -366,8 +367,6 @@ class Trainer:
         )
         if self.average:
             optimizer = self.average.put_beside(optimizer)
-        if self.writer:
-            self.writer.sync()
         if self.saver:
             state = {
                 **asdict(self.progress),
@@ -379,6 +378,12 @@ class Trainer:
             save(state.pop("step"), weights, optimizer, state)
         world.barrier()
         self.interval.checkpoint_seconds += time.perf_counter() - began
+
+    def _sync_files(self) -> None:
+        """Rank 0: what was logged is on the disk. Raises `DiskError`."""
+        if self.writer:
+            self.writer.sync()
+        self.bad_samples.sync()
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within, the model has the weights that count: the averages where the recipe asks for them."""
@@ -419,10 +424,10 @@ class Trainer:
             self.writer.histogram("val/cosines_of_pairs", outcome.pair_cosines_M, step)
             if outcome.panel is not None:
                 self.writer.image("val/retrieval", outcome.panel, step)
-            scores = {"val": {**outcome.scores.to_dict(), **self.described(config.data.val_split)}}
+            scores = {"val": {**outcome.scores.to_dict(), **described(self, config.data.val_split)}}
         told = world.broadcast_object(values)
         if self._improves(told):
-            self.keep_model(scores)
+            keep_model(self, scores)
         return told, self._note_validation(told)
 
     def _improves(self, values: dict[str, float]) -> bool:
@@ -443,55 +448,33 @@ class Trainer:
         patience = self.config.evaluate.patience
         return bool(patience) and progress.validations_without_improvement >= patience
 
-    def described(self, split: str) -> dict[str, Any]:
-        return {
-            "data": self.data.folder,
-            "data_digest": self.data.digest,
-            "split": split,
-            "step": self.progress.step,
-            "model": str(self.folder.path / "model"),
-        }
-
     def begin_interval(self) -> None:
         """Starts timing anew, so that validation does not count as a slow step."""
         self.interval = Interval()
         world.traffic.take()
 
-    def leave_results(self) -> None:
-        """Leaves the finished model, the table of hyper-parameters and the report."""
-        if self.val_split is None:
-            self.keep_model({})
-        if self.writer:
-            from clipdist.config import flat
-            from clipdist.evaluate.report import write_report
-
-            best = {} if self.progress.best is None else {self.config.evaluate.monitor: self.progress.best}
-            self.writer.hyper_parameters(flat(self.config), best)
-            path = write_report(self.folder.path)
-            where = f"best at step {self.progress.best_step:,}" if best else "last step"
-            logger.info("finished: model in %s (%s), report in %s", self.folder.path / "model", where, path)
-
     def close(self) -> None:
-        """Leaves the process group, after every rank has come this far and the last checkpoint is complete."""
+        """Leaves the process group, after every rank has come this far and the last checkpoint is complete.
+
+        While the disk refuses that, all ranks together try again; after `checkpoint.retry_minutes`, `DiskError`.
+        """
+        end = time.monotonic() + 60 * self.config.checkpoint.retry_minutes
+        while True:
+            if self.saver:
+                self.saver.wait()
+            # Rank 0 knows, also of parts that other ranks write.
+            main = self.saver if self.world.is_main else None
+            left = end - time.monotonic()
+            error, left = world.broadcast_object((main.given_up(), left) if main else None)
+            if error is None:
+                break
+            if left <= 0:
+                raise error
+            if main:
+                time.sleep(min(main.outage.pause_left, left))
+            heartbeat.beat()
+            self.save()
         self.features.close()
-        if self.saver:
-            self.saver.wait()
-        if self.writer:
-            self.writer.close()
+        self._sync_files()
         world.barrier()
         self.accelerator.end_training()
-
-    def keep_model(self, scores: dict[str, Any]) -> None:
-        """Writes the current weights as the run's finished model. All ranks call it, rank 0 writes."""
-        weights = self.engine.weights()
-        if not self.world.is_main:
-            return
-        folder = self.folder.path / "model"
-        about = {
-            **self.described(self.config.data.train_split),
-            "epoch": self.progress.step / self.order.steps_per_epoch,
-            "groups": self.config.data.groups,
-            "license": self.data.license,
-            "notes": self.data.notes,
-        }
-        save_model(folder, self.model, self.tokenizer, scores=scores, about=about, weights=weights)

@@ -202,20 +202,21 @@ def test_what_is_saved_in_the_background_is_what_was_there(tmp_path: Path, monke
 
 @pytest.mark.parametrize("ask", ["check", "wait", "save"])
 def test_what_goes_wrong_in_the_background_is_told(ask: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not the disk's fault, as an exception, once."""
     saver = CheckpointSaver(tmp_path, CheckpointConfig())
     model, optimizer = stepped()
     state = (model.state_dict(), moments(model, optimizer), STATE)
     saver.save(1, *state)
     saver.wait()
 
-    def full(*words: Any) -> None:
-        raise OSError(28, "No space left on device")
+    def wrong(*words: Any) -> None:
+        raise TypeError("not JSON")
 
-    monkeypatch.setattr(checkpoint, "_complete", full)
+    monkeypatch.setattr(checkpoint, "_complete", wrong)
     saver.save(2, *state)
     assert saver._pending is not None
-    saver._pending.exception(20)
-    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
+    saver._pending[1].exception(20)
+    with pytest.raises(TypeError, match="not JSON"):
         saver.save(3, *state) if ask == "save" else getattr(saver, ask)()
     saver.wait()  # told once
     assert newest_sound(tmp_path) == tmp_path / "step-00000001"

@@ -210,7 +210,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 def test_other_errors_are_left_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="boom"), disk_errors(tmp_path):
-        raise OSError(errno.EIO, "boom")
+        raise OSError(errno.EINTR, "boom")
 
 
 def test_a_record_in_anothers_place_is_found(copy: Path) -> None:

@@ -18,6 +18,8 @@ FINISHED = 0
 STOPPED_ON_REQUEST = 75
 START_MINUTES = 30.0
 """What a start may take, however short `train.hang_minutes` is: joining the other ranks, weights from the hub."""
+STRAGGLER_SHARE = 0.2
+"""Of a step's time, from which on a line says that the others wait for one rank."""
 
 
 @worker_errors()
@@ -108,11 +110,15 @@ def say(trainer: Trainer, line: str) -> None:
 def describe(trainer: Trainer, record: dict[str, Any]) -> str:
     step = trainer.progress.step
     left = (trainer.total_steps - step) * record["perf/step_seconds"]
+    straggler = record.get("perf/straggler_seconds", 0.0) / record["perf/step_seconds"]
+    told = ""
+    if straggler > STRAGGLER_SHARE:
+        told = f" rank {record['perf/slowest_rank']} ({record['perf/slowest_host']}) is waited for {straggler:.0%}"
     return (
         f"step {step:,}/{trainer.total_steps:,} epoch {trainer.epoch_of(step - 1) + 1}/{trainer.config.train.epochs} "
         f"loss {record['train/loss']:.4f} lr {record['train/lr']:.2e} temperature {record['train/temperature']:.3f} "
         f"{record['perf/samples_per_second']:,.0f} pairs/s wait {record['data/wait_fraction']:.0%} "
-        f"left {left / 60:.0f} min"
+        f"left {left / 60:.0f} min{told}"
     )
 
 

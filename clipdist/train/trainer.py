@@ -43,6 +43,7 @@ from clipdist.train.optim import Schedule, moving_statistics, part_of
 from clipdist.train.results import described, keep_model
 from clipdist.train.run_folder import RunFolder, open_run, write_environment
 from clipdist.train.step import compute_gradient
+from clipdist.train.stragglers import Stragglers
 from clipdist.train.validate import MONITORS, validate
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class Trainer:
         here = self.folder.path, self.progress.step
         self.writer = MetricsWriter(here[0], config.log, here[1]) if self.world.is_main else None
         self.bad_samples = BadSamples(*here)
+        self.stragglers = Stragglers(self.device)
         self.interval = Interval()
 
     def _tokenizer(self) -> Tokenizer:
@@ -317,19 +319,20 @@ class Trainer:
         """Adds throughput and the digest to a step's values and writes them down."""
         interval = self.interval
         seconds = max(time.perf_counter() - interval.began, 1e-9)
-        waited = torch.tensor([interval.wait_seconds], dtype=torch.float64, device=self.device)
-        wait_fraction = float(world.sum_over_ranks(waited)) / self.world.world_size / seconds
+        exchanges = communication(self.engine, interval.steps)
+        waited, slowest = self.stragglers.compare(interval.wait_seconds, exchanges)
         speed = self.order.global_batch * interval.steps / seconds
         record: dict[str, Any] = {
             **values,
             "data/digest": f"{self.digest():016x}",
-            "data/wait_fraction": min(1.0, wait_fraction),
+            "data/wait_fraction": min(1.0, waited / seconds),
             "data/bad_samples": self.progress.bad_in_epoch,
             "perf/samples_per_second": speed,
             "perf/samples_per_second_per_device": speed / self.world.world_size,
             "perf/step_seconds": seconds / max(1, interval.steps),
             **memory(self.device),
-            **communication(self.engine, interval.steps),
+            **exchanges,
+            **slowest,
         }
         if interval.checkpoint_seconds:
             record["perf/checkpoint_stall_seconds"] = interval.checkpoint_seconds

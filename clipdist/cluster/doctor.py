@@ -66,7 +66,7 @@ def preflight(
 
     One process of each node calls it, before those that train are there: they take memory, and lock the run. It
     changes nothing but for small files in the recipe's `runs` and in `shared`, which it removes. Whatever is wrong is a
-    finding; it takes little more than `seconds` at most.
+    finding. Each thing has `seconds` to answer, and few wait for another: twice as long is the most that it takes.
     """
     return examine(config, launch, shared=shared, seconds=seconds).findings
 
@@ -81,7 +81,9 @@ def examine(
     here = torch.cuda.is_initialized()
     looking = questions.ask("GPUs", machine.look_at_gpus, here=here)
     resolving = questions.ask("host name", machine.check_host_name, socket.gethostname(), launch.nodes)
-    places = {**({"shared folder": shared} if shared else {}), **({"runs": Path(config.runs)} if config else {})}
+    places = {"runs": Path(config.runs)} if config else {}
+    if shared and not (config and shared.absolute().is_relative_to(Path(config.runs).absolute())):
+        places["shared folder"] = shared
     probing = {name: questions.ask(name, files.probe, place) for name, place in places.items()}
     of_run = _ask_of_run(questions, config) if config else None
 

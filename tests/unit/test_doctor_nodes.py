@@ -2,12 +2,14 @@
 
 import fcntl
 import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from clipdist import world
 from clipdist.cluster import exchange
 from clipdist.cluster.bounded import Work
 from clipdist.cluster.findings import Finding, NodeReport, exit_code, merge, table
@@ -92,6 +94,21 @@ def test_clocks_that_nobody_measured() -> None:
 def test_a_report_as_text() -> None:
     told = report("n2", findings=[Finding("a", "warn", "ß", ("n2",))], clock_bounds=(-1.0, 2.0))
     assert NodeReport.from_json(told.to_json()) == told
+
+
+def test_a_step_of_fewer_nodes_than_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`scontrol` is one that takes commas apart."""
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho $3 | tr , ' '\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in {"JOB_ID": "12", "JOB_NODELIST": "n1,n2,n3", "RESTART_COUNT": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    for name in ("STEP_NODELIST", "STEP_ID", "NODEID", "LOCALID", "GPUS_ON_NODE"):
+        monkeypatch.delenv(f"SLURM_{name}", raising=False)
+    assert world.allocation() == Allocation("12", 2, NODES, 0, 0), "the job's script"
+    for name, value in {"STEP_NODELIST": "n2,n3", "STEP_ID": "4", "NODEID": "1", "LOCALID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert world.allocation() == Allocation("12", 2, ("n2", "n3"), 1, 0, step="4", task=1)
 
 
 def allocation(node: int, restarts: int = 0) -> Allocation:

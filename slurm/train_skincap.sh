@@ -29,6 +29,7 @@ RECIPE=${RECIPE:-launch/recipes/skincap.yaml}
 ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-launch/accelerate/gpu.yaml}
 PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:?the job has no GPUs: ask for some with --gpus-per-node}}
 MAX_CRASHES=${MAX_CRASHES:-10}
+PREFLIGHT=${PREFLIGHT:---preflight}
 
 echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, $(date -Is), nodes $SLURM_JOB_NODELIST, words: $*"
 
@@ -44,7 +45,7 @@ fi
 
 code=0
 srun --ntasks-per-node=1 --kill-on-bad-exit=0 clipdist node "$RECIPE" "$@" --run "$run" --max-crashes "$MAX_CRASHES" \
-    --processes-per-node "$PROCESSES_PER_NODE" --accelerate-config "$ACCELERATE_CONFIG" || code=$?
+    --processes-per-node "$PROCESSES_PER_NODE" --accelerate-config "$ACCELERATE_CONFIG" "$PREFLIGHT" || code=$?
 case $code in
     0) ;;
     1 | 2) exit "$code" ;;

@@ -4,11 +4,15 @@ Every node runs this; the first one decides, since one has to, and tells the oth
 """
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+
+import yaml
 
 from clipdist.cluster import scheduler
 from clipdist.cluster.logs import note_output
@@ -46,6 +50,9 @@ class Training:
     shared: Path
     """A folder that all nodes see."""
     limits: Limits = Limits()
+    preflight: bool = True
+    """Whether `clipdist doctor` looks at the nodes before the job's first start, and ends it where that finds an
+    error."""
 
 
 def run_job(training: Training, allocation: Allocation) -> int:
@@ -70,9 +77,13 @@ def run_job(training: Training, allocation: Allocation) -> int:
         meeting = Meeting(training.shared, allocation, attempt)
         if allocation.node == 0 and attempt == 0:
             note_output(training.run, scheduler.job(allocation.job).get("StdOut", "") if allocation.slurm else "")
-        node = Node(meeting, training.processes, training.accelerate_config, training.words, asked)
-        code = node.run(training.limits.rendezvous_seconds)
-        node.keep_logs(training.run / LOGS / f"{allocation.job}-{allocation.restarts}-{attempt}")
+        first_start = attempt == 0 and allocation.restarts == 0
+        if training.preflight and first_start and (code := _preflight(training)) and allocation.node == 0:
+            meeting.fail("the preflight found errors")
+        else:
+            node = Node(meeting, training.processes, training.accelerate_config, training.words, asked)
+            code = node.run(training.limits.rendezvous_seconds)
+            node.keep_logs(training.run / LOGS / f"{allocation.job}-{allocation.restarts}-{attempt}")
         meeting.end(code)
         if allocation.node == 0:
             verdict = _decide(training, meeting, code, asked)
@@ -87,6 +98,16 @@ def run_job(training: Training, allocation: Allocation) -> int:
                 _say(scheduler.requeue(allocation.job, verdict.removeprefix(REQUEUE).strip()))
             return STOPPED
         return int(verdict)
+
+
+def _preflight(training: Training) -> int:
+    """Exit code of `clipdist doctor` on this node: of the first one, what is found on all of them. In a process of its
+    own, since it looks at GPUs, and this one lives as long as the job."""
+    config = yaml.safe_load(training.accelerate_config.read_text(encoding="utf-8"))
+    words = [*training.words, "--processes-per-node", str(training.processes), "--shared", str(training.shared)]
+    words += ["--cpu"] if config.get("use_cpu") else []
+    code = subprocess.run([sys.executable, "-m", "clipdist.cli", "doctor", *words], check=False).returncode
+    return WRONG if code else FINISHED
 
 
 def judge(ends: dict[str, int], nodes: int, first: int) -> int:

@@ -25,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-crashes", type=int, default=10, metavar="N", help="so many in a row without a new checkpoint (10)"
     )
     parser.add_argument(
+        "--preflight",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="clipdist doctor looks at the nodes before the job's first start, and an error ends the job with code 2",
+    )
+    parser.add_argument(
         "--rendezvous-seconds", type=float, default=300.0, metavar="S", help="how long nodes wait for each other (300)"
     )
 
@@ -55,5 +61,6 @@ def run(args: argparse.Namespace) -> int:
         accelerate_config=args.accelerate_config,
         shared=args.shared or run_folder.parent / JOBS,
         limits=Limits(args.max_crashes, args.rendezvous_seconds),
+        preflight=args.preflight,
     )
     return run_job(training, allocation)

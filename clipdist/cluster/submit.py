@@ -127,6 +127,12 @@ def add_resource_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-crashes", type=int, default=10, metavar="N", help="so many in a row without a new checkpoint (10)"
     )
     group.add_argument(
+        "--preflight",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="clipdist doctor looks at the nodes before the job's first start, and an error ends the job with code 2",
+    )
+    group.add_argument(
         "--rendezvous-seconds", type=float, default=300.0, metavar="S", help="how long nodes wait for each other (300)"
     )
     group.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="local: on this machine, at once")
@@ -203,6 +209,7 @@ def prepare(config: "RunConfig", args: argparse.Namespace, evaluate: bool = True
         accelerate_config=args.accelerate_config,
         shared=config.folder.parent / JOBS,
         limits=Limits(args.max_crashes, args.rendezvous_seconds),
+        preflight=args.preflight,
     )
     words: list[str] = []
     if evaluate and config.data.val_split and config.data.set:

@@ -1,6 +1,7 @@
 """One SLURM for all of these tests, and a run that is small enough to be killed often."""
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,7 +75,8 @@ def undisturbed(
 ) -> Path:
     """The folder of the run that nothing happened to; its set is packed by the job."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    job = Job(slurm, folder, cluster_recipe(folder), raw)
+    job = Job(slurm, folder, cluster_recipe(folder), raw, preflight=True)
     found = job.finish()
     assert found["Restarts"] == "0"
+    assert re.search(r"^\d+ checks(, nothing wrong|: \d+ warning)", job.said(whole=True), re.MULTILINE), "the preflight"
     return folder

@@ -18,7 +18,14 @@ class Job:
     """A job of slurm/train_skincap.sh on 2 nodes × 2 tasks."""
 
     def __init__(
-        self, slurm: LocalSlurm, folder: Path, recipe: Path, raw: Path, *options: str, words: Sequence[str] = ()
+        self,
+        slurm: LocalSlurm,
+        folder: Path,
+        recipe: Path,
+        raw: Path,
+        *options: str,
+        words: Sequence[str] = (),
+        preflight: bool = False,
     ) -> None:
         self.slurm, self.run, self.log = slurm, folder / "runs" / "tiny", folder / "job.log"
         variables = {
@@ -26,6 +33,7 @@ class Job:
             "SKINCAP_RAW": str(raw),
             "ACCELERATE_CONFIG": "launch/accelerate/cpu.yaml",
             "OMP_NUM_THREADS": "1",
+            "PREFLIGHT": "--preflight" if preflight else "--no-preflight",
         }
         options = ("--nodes=2", "--gpus-per-node=2", f"--output={self.log}", *options)
         self.number = slurm.submit(*options, "slurm/train_skincap.sh", *words, cwd=ROOT, **variables)

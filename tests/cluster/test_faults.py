@@ -182,14 +182,18 @@ def test_cancelled_it_stays_away(start: Callable[..., Job]) -> None:
     assert job.slurm.job(job.number)["JobState"] == "CANCELLED"
 
 
-def test_on_fewer_nodes(start: Callable[..., Job], undisturbed: Path) -> None:
-    """The same global batches in the same order, each rank with twice the rows."""
-    job = start()
+def test_on_fewer_nodes(slurm: LocalSlurm, start: Callable[..., Job], undisturbed: Path) -> None:
+    """One of a range, when no more are left: the same global batches in the same order, each rank with twice the
+    rows."""
+    job = start("--nodes=1-2")
     job.reach(6)
-    job.slurm.run("scancel", "--signal=USR1", job.number, check=True)
-    job.slurm.wait(job.number, ("PENDING",))
-    job.slurm.run("scontrol", "update", f"JobId={job.number}", "NumNodes=1", check=True)
-    job.finish()
+    slurm.run("scancel", "--signal=USR1", job.number, check=True)
+    slurm.wait(job.number, ("PENDING",))
+    slurm.run("scontrol", "update", "NodeName=n[2-4]", "State=DRAIN", "Reason=test", check=True)
+    try:
+        job.finish()
+    finally:
+        slurm.run("scontrol", "update", "NodeName=n[2-4]", "State=RESUME", check=True)
     environment = json.loads((job.run / "environment.json").read_text())
     assert [start["world_size"] for start in environment["starts"]] == [4, 2]
     assert column(job.run, "data/digest") == column(undisturbed / "runs" / "tiny", "data/digest")

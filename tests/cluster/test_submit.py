@@ -16,7 +16,15 @@ from tests.cluster.slurm import LocalSlurm
 from tests.distributed.test_training import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
-RESOURCES = ("--nodes", "2", "--gpus-per-node", "2", "--accelerate-config", "launch/accelerate/cpu.yaml")
+RESOURCES = (
+    "--nodes",
+    "2",
+    "--gpus-per-node",
+    "2",
+    "--accelerate-config",
+    "launch/accelerate/cpu.yaml",
+    "--no-preflight",
+)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ HOSTS = ("n1", "n2", "n3")
 
 
 def allocation(node: int, restarts: int = 0, slurm: bool = True) -> Allocation:
-    return Allocation("12", restarts, HOSTS, node, 2, slurm)
+    return Allocation("12", restarts, HOSTS, node, 2, slurm=slurm)
 
 
 def nodes(shared: Path, attempt: int = 0) -> list[Meeting]:
@@ -194,7 +194,7 @@ def test_all_nodes_do_what_the_first_decides(
 
     monkeypatch.setattr(Node, "run", ranks)
     monkeypatch.setattr(job.signal, "signal", lambda number, handler: None)  # these nodes are threads
-    training = Training([], tmp_path / "run", 2, Path("gpu.yaml"), tmp_path / "shared")
+    training = Training([], tmp_path / "run", 2, Path("gpu.yaml"), tmp_path / "shared", preflight=False)
     codes: dict[int, int] = {}
 
     def node(number: int) -> None:
@@ -208,3 +208,26 @@ def test_all_nodes_do_what_the_first_decides(
     assert codes == {0: 0, 1: 0, 2: 0}
     assert sorted(started) == sorted((host, attempt) for host in HOSTS for attempt in (0, 1))
     assert len(Meeting(tmp_path / "shared", allocation(0), 0).crashes()) == 1
+
+
+def test_an_error_of_the_preflight_ends_the_job_on_all_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is launched; what was found is in the job's output."""
+    monkeypatch.setattr(job.signal, "signal", lambda number, handler: None)  # these nodes are threads
+    monkeypatch.setattr(job, "END_SECONDS", 1.0)
+    recipe, cpu = tmp_path / "wrong.yaml", Path(__file__).parents[2] / "launch" / "accelerate" / "cpu.yaml"
+    recipe.write_text("train: {global_batch: 4, epochz: 1}\n")
+    training = Training([str(recipe)], tmp_path / "run", 2, cpu, tmp_path / "shared", Limits(rendezvous_seconds=60))
+    codes: dict[int, int] = {}
+
+    def node(number: int) -> None:
+        codes[number] = run_job(training, Allocation("12", 0, ("n1", "n2"), number, 2))
+
+    threads = [threading.Thread(target=node, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert codes == {0: 2, 1: 2}
+    assert "unknown key train.epochz; did you mean epochs?" in " ".join(capfd.readouterr().out.split())

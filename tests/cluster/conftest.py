@@ -49,24 +49,24 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def tiny_recipe(folder: Path, **changes: Any) -> Path:
+    """The tiny recipe, with dropout, for the script to run in `folder`."""
+    tree = yaml.safe_load(yaml.safe_dump(TINY))
+    tree["data"] |= {"set": str(folder / "data"), "workers": 1}
+    tree["runs"] = str(folder / "runs")
+    tree["model"]["projection"]["dropout"] = 0.1
+    tree["model"]["text"] |= {"max_tokens": 64}
+    tree["model"]["text"]["options"] |= {"max_position_embeddings": 64}
+    tree["train"] |= {"global_batch": 16, "epochs": 6, **changes}
+    tree["checkpoint"] = {"every_steps": 4, "every_minutes": 0, "keep": 2}
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
 @pytest.fixture(scope="session")
-def cluster_recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """cluster_recipe(folder): the tiny recipe, with dropout, for the script to run in `folder`."""
-
-    def write(folder: Path, **changes: Any) -> Path:
-        tree = yaml.safe_load(yaml.safe_dump(TINY))
-        tree["data"] |= {"set": str(folder / "data"), "workers": 1}
-        tree["runs"] = str(folder / "runs")
-        tree["model"]["projection"]["dropout"] = 0.1
-        tree["model"]["text"] |= {"max_tokens": 64}
-        tree["model"]["text"]["options"] |= {"max_position_embeddings": 64}
-        tree["train"] |= {"global_batch": 16, "epochs": 6, **changes}
-        tree["checkpoint"] = {"every_steps": 4, "every_minutes": 0, "keep": 2}
-        path = folder / "tiny.yaml"
-        path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-        return path
-
-    return write
+def cluster_recipe() -> Callable[..., Path]:
+    return tiny_recipe
 
 
 @pytest.fixture(scope="session")

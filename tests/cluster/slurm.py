@@ -70,9 +70,11 @@ ReturnToService=2
 GresTypes=gpu
 SlurmctldParameters=preempt_send_user_signal
 SlurmdParameters=config_overrides
-NodeName=n[1-{nodes}] NodeAddr={node_addresses} Port={ports} CPUs=4 RealMemory=8000 Gres=gpu:4 State=UNKNOWN
+NodeName=n[1-{nodes}] NodeAddr={node_addresses} Port={ports} CPUs=8 RealMemory=8000 Gres=gpu:4 State=UNKNOWN
 PartitionName=low  Nodes=ALL Default=YES PriorityTier=1  PreemptMode=REQUEUE GraceTime=0  DefaultTime=30
 PartitionName=kind Nodes=ALL             PriorityTier=1  PreemptMode=REQUEUE GraceTime=60 DefaultTime=30
+PartitionName=gpu  Nodes=ALL             PriorityTier=1  PreemptMode=OFF                  DefaultTime=30
+PartitionName=cpu  Nodes=ALL             PriorityTier=1  PreemptMode=OFF                  DefaultTime=30
 PartitionName=closed Nodes=ALL           AllowAccounts=theirs                             DefaultTime=30
 PartitionName=high Nodes=ALL             PriorityTier=10 PreemptMode=OFF                  DefaultTime=30
 """

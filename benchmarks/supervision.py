@@ -2,8 +2,8 @@
 
 PYTHONPATH=. .venv/bin/python benchmarks/supervision.py     # as root, with the packages that make test-cluster installs
 
-Starts the SLURM of four nodes that the tests use on this machine, and on it jobs of slurm/train_skincap.sh on 2 nodes of
-2 processes, by gloo, with a tiny model:
+Starts the SLURM of four nodes that the tests use on this machine, and on it jobs of slurm/train_skincap.sh on 2 nodes
+of 2 processes, by gloo, with a tiny model:
 
 - a signal: from `scancel --signal=USR1` until the newest checkpoint is complete and named;
 - a hang: from SIGSTOP to one rank until every rank is gone, with a limit of LIMIT seconds;
@@ -153,14 +153,15 @@ def as_markdown(found: dict[str, Any], about: dict[str, Any]) -> str:
             f"# Supervision, {about['date']}",
             "",
             f"{about['machine']}, load {found['load']:.1f} at the start; torch {about['torch']}, Python "
-            f"{about['python']}; a SLURM of four nodes on this machine, 2 × 2 processes; {len(found['signal'])} times each.",
+            f"{about['python']}; a SLURM of four nodes on this machine, 2 × 2 processes; each measured "
+            f"{len(found['signal'])} times.",
             "",
             "| | median s | range |",
             "|---|---|---|",
             *rows,
             "",
-            f"A sign of progress takes {found['beat'] * 1e6:.0f} µs; of these steps of {found['step'] * 1e3:.0f} ms that "
-            f"is {share:.3%}.",
+            f"A sign of progress takes {found['beat'] * 1e6:.0f} µs; of these steps of "
+            f"{found['step'] * 1e3:.0f} ms that is {share:.3%}.",
             "",
         ]
     )

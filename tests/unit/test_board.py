@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import psutil
 import pytest
 
 from clipdist.cli import main
@@ -57,7 +58,7 @@ def test_it_answers_and_shows_the_runs(trained_run: TrainedRun, tmp_path: Path) 
             assert time.monotonic() < end
             time.sleep(0.2)
         assert {step: value for _, step, value in shown} == pytest.approx(losses)
-        assert port not in (address.split()[1].split(":")[1] for address in listening_everywhere())
+        assert listening(int(port)) == {"127.0.0.1"}
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
         assert process.returncode == 0, errors
@@ -67,10 +68,10 @@ def test_it_answers_and_shows_the_runs(trained_run: TrainedRun, tmp_path: Path) 
         process.wait()
 
 
-def listening_everywhere() -> list[str]:
-    """Sockets that others than this host reach, as the kernel lists them; ports are hexadecimal there."""
-    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
-    return [line for line in lines if line.split()[1].startswith("00000000")]
+def listening(port: int) -> set[str]:
+    """Addresses of this host at which somebody listens on a port."""
+    sockets = psutil.net_connections("tcp")
+    return {one.laddr.ip for one in sockets if one.status == psutil.CONN_LISTEN and one.laddr.port == port}
 
 
 def test_nothing_to_show_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

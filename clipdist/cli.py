@@ -18,7 +18,7 @@ VERBS = {
     "plan": ("clipdist.data.plan_command", "print which samples make up the batch of a step"),
     "train": ("clipdist.train.command", "train a run from a recipe, in this process"),
     "node": ("clipdist.cluster.node_command", "one node's processes of a SLURM job, as a task of it"),
-    "doctor": ("clipdist.cluster.doctor_command", "check this machine, or each node of a job, before a run"),
+    "doctor": ("clipdist.cluster.doctor.command", "check this machine, or each node of a job, before a run"),
     "profile": ("clipdist.train.profile_command", "measure where the time of a recipe's training step goes"),
     "consolidate": ("clipdist.train.consolidate_command", "the weights of a checkpoint as one safetensors file"),
     "eval": ("clipdist.evaluate.command", "score a model on a shard set: retrieval over the full gallery"),

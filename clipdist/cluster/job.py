@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import yaml
-
 from clipdist.cluster import scheduler
 from clipdist.cluster.logs import note_output
 from clipdist.cluster.meeting import Crash, Meeting
@@ -103,9 +101,9 @@ def run_job(training: Training, allocation: Allocation) -> int:
 def _preflight(training: Training) -> int:
     """Exit code of `clipdist doctor` on this node: of the first one, what is found on all of them. In a process of its
     own, since it looks at GPUs, and this one lives as long as the job."""
-    config = yaml.safe_load(training.accelerate_config.read_text(encoding="utf-8"))
     words = [*training.words, "--processes-per-node", str(training.processes), "--shared", str(training.shared)]
-    words += ["--cpu"] if config.get("use_cpu") else []
+    # Nothing in such a file can say so: with `use_cpu` the launcher starts a single process.
+    words += ["--cpu"] if training.accelerate_config.stem == "cpu" else []
     code = subprocess.run([sys.executable, "-m", "clipdist.cli", "doctor", *words], check=False).returncode
     return WRONG if code else FINISHED
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from clipdist import world
-from clipdist.cluster import links as module
-from clipdist.cluster.links import FAILED, Links, measure_all_reduce, measure_links
+from clipdist.cluster.doctor import links as module
+from clipdist.cluster.doctor.links import FAILED, Links, measure_all_reduce, measure_links
 from clipdist.cluster.node import free_port
 from clipdist.errors import UserError
 from tests.distributed.ranks import run_ranks

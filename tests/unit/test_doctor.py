@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 
 from clipdist.cli import main
-from clipdist.cluster import machine_checks as machine
-from clipdist.cluster import recipe_checks as recipes
-from clipdist.cluster import shared_folder as files
-from clipdist.cluster.bounded import Hung, Work
-from clipdist.cluster.doctor import Launch, preflight
-from clipdist.cluster.findings import Finding
-from clipdist.cluster.machine_checks import Gpu
+from clipdist.cluster.doctor import machine
+from clipdist.cluster.doctor import recipe as recipes
+from clipdist.cluster.doctor import shared_folder as files
+from clipdist.cluster.doctor.bounded import Hung, Work
+from clipdist.cluster.doctor.findings import Finding
+from clipdist.cluster.doctor.machine import Gpu
+from clipdist.cluster.doctor.preflight import Launch, preflight
 from clipdist.config import RunConfig, load_config
 from clipdist.data.text import Tokenizer
 from clipdist.errors import UserError
@@ -93,7 +93,7 @@ def test_a_file_system_that_hangs_is_found(
 ) -> None:
     """Opening a pipe that nobody writes to blocks as a dead server does."""
     os.mkfifo(tmp_path / "recipe.yaml")
-    monkeypatch.setattr("clipdist.cluster.doctor.SECONDS", 0.5)
+    monkeypatch.setattr("clipdist.cluster.doctor.preflight.SECONDS", 0.5)
     assert main(["doctor", str(tmp_path / "recipe.yaml")]) == 2
     assert "error  recipe" in (said := capsys.readouterr().out)
     assert "no answer within 0 s" in said

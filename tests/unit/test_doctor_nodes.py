@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from clipdist import world
-from clipdist.cluster import exchange
-from clipdist.cluster.bounded import Work
-from clipdist.cluster.findings import Finding, NodeReport, exit_code, merge, table
+from clipdist.cluster.doctor import exchange
+from clipdist.cluster.doctor.bounded import Work
+from clipdist.cluster.doctor.findings import Finding, NodeReport, exit_code, merge, table
 from clipdist.errors import UserError
 from clipdist.world import Allocation
 

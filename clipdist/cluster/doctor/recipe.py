@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from clipdist.cluster.findings import Finding
+from clipdist.cluster.doctor.findings import Finding
 from clipdist.data.mixing import Mixture
 from clipdist.data.shard_index import index_path
 from clipdist.data.shards import MANIFEST, ShardInfo, ShardSet

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from clipdist.cluster.bounded import Work
-from clipdist.cluster.findings import CLOCK_SECONDS, Finding, figure
+from clipdist.cluster.doctor.bounded import Work
+from clipdist.cluster.doctor.findings import CLOCK_SECONDS, Finding, figure
 from clipdist.data.shards import write_atomically
 from clipdist.errors import disk_errors
 from clipdist.train.run_folder import LOCK

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
-from clipdist.cluster import machine_checks as machine
-from clipdist.cluster import recipe_checks as recipes
-from clipdist.cluster import shared_folder as files
-from clipdist.cluster.bounded import Hung, Work
-from clipdist.cluster.findings import Finding
-from clipdist.cluster.machine_checks import Gpu
-from clipdist.cluster.recipe_checks import ModelSize
+from clipdist.cluster.doctor import machine
+from clipdist.cluster.doctor import recipe as recipes
+from clipdist.cluster.doctor import shared_folder as files
+from clipdist.cluster.doctor.bounded import Hung, Work
+from clipdist.cluster.doctor.findings import Finding
+from clipdist.cluster.doctor.machine import Gpu
+from clipdist.cluster.doctor.recipe import ModelSize
 from clipdist.errors import UserError
 
 if TYPE_CHECKING:

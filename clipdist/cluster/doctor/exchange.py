@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clipdist.cluster.findings import Finding, NodeReport
-from clipdist.cluster.shared_folder import GRANTED, REFUSED, try_lock
+from clipdist.cluster.doctor.findings import Finding, NodeReport
+from clipdist.cluster.doctor.shared_folder import GRANTED, REFUSED, try_lock
 from clipdist.data.shards import write_atomically
 from clipdist.errors import UserError, disk_errors
 from clipdist.world import Allocation

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from clipdist.cluster.doctor import Health
-    from clipdist.cluster.findings import Finding
+    from clipdist.cluster.doctor.findings import Finding
+    from clipdist.cluster.doctor.preflight import Health
     from clipdist.config import RunConfig
     from clipdist.world import Allocation
 
@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from clipdist import world
-    from clipdist.cluster.doctor import Launch, examine
-    from clipdist.cluster.findings import Finding
+    from clipdist.cluster.doctor.findings import Finding
+    from clipdist.cluster.doctor.preflight import Launch, examine
     from clipdist.errors import UserError
 
     allocation = world.allocation()
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _read(args: argparse.Namespace) -> "tuple[RunConfig | None, list[Finding]]":
     """The recipe; None without one, and when it is wrong: then that is found."""
-    from clipdist.cluster.doctor import SECONDS, Questions
+    from clipdist.cluster.doctor.preflight import SECONDS, Questions
     from clipdist.config import load_config
 
     if args.recipe is None:
@@ -92,7 +92,7 @@ def _read(args: argparse.Namespace) -> "tuple[RunConfig | None, list[Finding]]":
 
 
 def _tell(findings: "list[Finding]", nodes: tuple[str, ...], as_json: bool) -> int:
-    from clipdist.cluster import findings as told
+    from clipdist.cluster.doctor import findings as told
 
     text = json.dumps(told.as_json(findings), indent=1, ensure_ascii=False) if as_json else told.table(findings, nodes)
     print(text, flush=True)
@@ -100,7 +100,7 @@ def _tell(findings: "list[Finding]", nodes: tuple[str, ...], as_json: bool) -> i
 
 
 def _links_here(args: argparse.Namespace, health: "Health") -> "Finding":
-    from clipdist.cluster.links import Links, measure_links
+    from clipdist.cluster.doctor.links import Links, measure_links
     from clipdist.cluster.node import free_port
 
     folder, host = Path(tempfile.mkdtemp(prefix="clipdist-links-")), (socket.gethostname(),)
@@ -114,9 +114,9 @@ def _links_here(args: argparse.Namespace, health: "Health") -> "Finding":
 def _together(args: argparse.Namespace, allocation: "Allocation", shared: Path, health: "Health") -> int:
     """On each node of a job. The first one prints, and its exit code is the verdict; another one fails only when it
     could not tell the first what it found."""
-    from clipdist.cluster import exchange
-    from clipdist.cluster.bounded import Hung, Work
-    from clipdist.cluster.findings import Finding, NodeReport, merge
+    from clipdist.cluster.doctor import exchange
+    from clipdist.cluster.doctor.bounded import Hung, Work
+    from clipdist.cluster.doctor.findings import Finding, NodeReport, merge
     from clipdist.errors import UserError
 
     folder, name = exchange.meeting_folder(shared, allocation), allocation.nodes[allocation.node]
@@ -144,9 +144,9 @@ def _links_of_node(
     args: argparse.Namespace, allocation: "Allocation", folder: Path, health: "Health", complete: bool
 ) -> "Finding":
     """The first node says where to meet, or that the links are not measured, since not all nodes are there."""
-    from clipdist.cluster import exchange
-    from clipdist.cluster.findings import Finding
-    from clipdist.cluster.links import Links, measure_links
+    from clipdist.cluster.doctor import exchange
+    from clipdist.cluster.doctor.findings import Finding
+    from clipdist.cluster.doctor.links import Links, measure_links
     from clipdist.cluster.node import free_port
 
     lacking = Finding("links", "error", "not measured, since not all nodes have answered; see the line on nodes")

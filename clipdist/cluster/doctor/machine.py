@@ -16,8 +16,8 @@ import psutil
 import torch
 
 from clipdist import __version__
-from clipdist.cluster.findings import Finding
-from clipdist.cluster.shared_folder import GIB, gib
+from clipdist.cluster.doctor.findings import Finding
+from clipdist.cluster.doctor.shared_folder import GIB, gib
 
 if TYPE_CHECKING:
     from clipdist.config import RunConfig

@@ -1,6 +1,7 @@
 """How fast ranks sum tensors with each other: an all-reduce, timed, on the ranks of one machine or of a job's nodes.
 
-Each node starts its ranks by itself, as `python -m clipdist.cluster.links FOLDER SECONDS DEVICE`. They leave small
+Each node starts its ranks by itself, as `python -m clipdist.cluster.doctor.links FOLDER SECONDS DEVICE`. They leave
+small
 files in a folder that all nodes see, which tell who came, who joined and who failed, and the result.
 """
 
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from clipdist import world
-from clipdist.cluster.findings import Finding, figure
+from clipdist.cluster.doctor.findings import Finding, figure
 from clipdist.data.shards import write_atomically
 from clipdist.errors import UserError
 
@@ -105,7 +106,7 @@ def _start(links: Links, node: int, local: int) -> "subprocess.Popen[bytes]":
     words = [str(links.folder), str(links.seconds), "cpu" if links.cpu else "any"]
     with open(links.folder / f"rank-{rank}.log", "wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "clipdist.cluster.links", *words],
+            [sys.executable, "-m", "clipdist.cluster.doctor.links", *words],
             env={**os.environ, **place, **{name: str(number) for name, number in numbers.items()}},
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart emoji test test-all test-cluster lint clean
+.PHONY: help install quickstart emoji test test-all test-cluster lint clean
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -27,6 +27,8 @@ $(VENV)/.installed: setup.py constraints.txt pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable ".[dev,emoji]"
 	@touch $@
+
+install: $(VENV)/.installed  ## The environment in .venv
 
 quickstart: $(VENV)/.installed  ## Draw pairs, train on them with two processes, evaluate, write the report
 	$(BIN)/python shards/phantom.py --out data/phantom

@@ -3,6 +3,7 @@
 Every node runs this; the first one decides, since one has to, and tells the others.
 """
 
+import logging
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ PAUSE_SECONDS = 60.0
 END_SECONDS = GRACE_SECONDS + 25.0
 """How long the first node waits for the others once its own ranks have ended. All end theirs after `GRACE_SECONDS`."""
 AGAIN, REQUEUE = "again", "requeue"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def run_job(training: Training, allocation: Allocation) -> int:
             continue
         if verdict.startswith(REQUEUE):
             if allocation.node == 0:
-                _say(scheduler.requeue(allocation.job, verdict.removeprefix(REQUEUE).strip()))
+                logger.info(scheduler.requeue(allocation.job, verdict.removeprefix(REQUEUE).strip()))
             return STOPPED
         return int(verdict)
 
@@ -106,6 +108,12 @@ def _preflight(training: Training) -> int:
     words += ["--cpu"] if training.accelerate_config.stem == "cpu" else []
     code = subprocess.run([sys.executable, "-m", "clipdist.cli", "doctor", *words], check=False).returncode
     return WRONG if code else FINISHED
+
+
+def log_to_output() -> None:
+    """What a job says of itself goes to its output, bare, beside what the ranks say."""
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    logging.getLogger("clipdist").setLevel(logging.INFO)
 
 
 def judge(ends: dict[str, int], nodes: int, first: int) -> int:
@@ -129,9 +137,9 @@ def _decide(training: Training, meeting: Meeting, first: int, asked: list[int]) 
     for_good = (training.run / STOP).exists()
     if code == STOPPED:
         if for_good:
-            _say(f"stopped for good, since {training.run / STOP} exists; remove it and submit again to go on")
+            logger.info(f"stopped for good, since {training.run / STOP} exists; remove it and submit again to go on")
             return str(STOPPED)
-        _say("stopped with a good checkpoint")
+        logger.info("stopped with a good checkpoint")
         return REQUEUE if allocation.slurm else str(STOPPED)
     blamed = meeting.blamed(ends)
     crash = Crash(time.time(), blamed.host, blamed.why, _newest(training.run))
@@ -139,10 +147,10 @@ def _decide(training: Training, meeting: Meeting, first: int, asked: list[int]) 
     crashes = in_a_row(meeting.crashes())
     told = f"crashed: {blamed.why}{f' ({blamed.host})' if blamed.host else ''}"
     if for_good:
-        _say(f"{told}; not started anew, since {training.run / STOP} exists")
+        logger.info(f"{told}; not started anew, since {training.run / STOP} exists")
         return str(CRASHED)
     if len(crashes) > training.limits.crashes:
-        _say(
+        logger.info(
             f"{told}; {len(crashes)} times in a row without a new checkpoint: giving up; see above, and {training.run}"
         )
         return str(CRASHED)
@@ -150,13 +158,15 @@ def _decide(training: Training, meeting: Meeting, first: int, asked: list[int]) 
     if allocation.slurm and (lost or sum(past.host == blamed.host for past in crashes) >= BLAMED_TWICE):
         enough = scheduler.others(allocation.job, blamed.host) >= len(allocation.nodes)
         if enough and blamed.host:
-            _say(f"{told}; its fault {'now' if lost else 'again'}: to go on without it")
+            logger.info(f"{told}; its fault {'now' if lost else 'again'}: to go on without it")
             return f"{REQUEUE} {blamed.host}"
         if lost:
-            _say(f"{told}; there is no other node to go on with")
+            logger.info(f"{told}; there is no other node to go on with")
             return REQUEUE
     pause = min(PAUSE_SECONDS, float(len(crashes) ** 2))
-    _say(f"{told}; start {meeting.attempt + 1} in this allocation follows in {pause:.0f} s, from the last checkpoint")
+    logger.info(
+        f"{told}; start {meeting.attempt + 1} in this allocation follows in {pause:.0f} s, from the last checkpoint"
+    )
     if _asked_within(pause, asked):
         return REQUEUE if allocation.slurm else str(STOPPED)
     return AGAIN
@@ -183,7 +193,3 @@ def _asked_within(seconds: float, asked: list[int]) -> bool:
     while time.monotonic() < end and not asked:
         time.sleep(0.1)
     return bool(asked)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

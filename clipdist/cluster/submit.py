@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from submitit.core.utils import DelayedSubmission, FailedJobError
 from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from clipdist import world
-from clipdist.cluster.job import FINISHED, STOPPED, Limits, Training, run_job
+from clipdist.cluster.job import FINISHED, STOPPED, Limits, Training, log_to_output, run_job
 from clipdist.cluster.meeting import this_machine
 from clipdist.cluster.runs import JOBS, STOP
 from clipdist.data.mixing import Mixture
@@ -72,6 +72,7 @@ class Submitted:
     gpus: int = 0
 
     def __call__(self) -> int:
+        log_to_output()
         allocation = None if self.here else world.allocation()
         code = run_job(self.training, allocation or this_machine(self.gpus))
         if code == FINISHED and self.evaluate and (allocation is None or allocation.node == 0):
@@ -339,15 +340,16 @@ def _refused() -> Iterator[None]:
         raise UserError(f"SLURM refuses the job: {' '.join(said) or error}") from None
 
 
-def run_here(job: Submitted, resources: Resources) -> int:
-    """Runs the job on this machine and waits; its exit code. What it says is in the file that is printed first."""
+def run_here(job: Submitted, resources: Resources, told: Callable[[str, Path], None]) -> int:
+    """Runs the job on this machine and waits; its exit code. `told` is called at its begin, with its process and the
+    file that what it says goes to."""
     executor = submitit.LocalExecutor(folder=job.training.run / LOGS)
     executor.update_parameters(
         timeout_min=resources.minutes, signal_delay_s=resources.signal_seconds, gpus_per_node=resources.gpus_per_node
     )
     executor.update_parameters(stderr_to_stdout=True)
     sent: submitit.Job[int] = executor.submit(job)
-    print(f"process {sent.job_id}, output in {sent.paths.stdout}", flush=True)
+    told(sent.job_id, sent.paths.stdout)
     try:
         return sent.result()
     except KeyboardInterrupt:

@@ -82,6 +82,7 @@ PartitionName=high Nodes=ALL             PriorityTier=10 PreemptMode=OFF        
 # Whoever ends these tests by force ends the cluster, too.
 WITH_US = ("setpriv", "--pdeathsig", "KILL")
 # The node's first process: it reaps orphans, and everything below it ends with it.
+KNOWN = 'mount --bind "$0/hosts" /etc/hosts; exec "$@"'
 NODE = 'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; slurmd -D -f "$2/slurm.conf" -N "$1"; exit $?'
 
 
@@ -184,7 +185,9 @@ class LocalSlurm:
 
     def _daemon(self, *words: str) -> None:
         with open(self.root / f"{words[0]}.out", "wb") as out:
-            words = (*WITH_US, *self._inside("control"), *words)
+            # The controller listens where its host's name leads.
+            known = ("unshare", "--mount", "bash", "-c", KNOWN, str(self.root)) if self.network else ()
+            words = (*WITH_US, *self._inside("control"), *known, *words)
             self._daemons.append(subprocess.Popen(words, stdout=out, stderr=out, env=self.environment))
 
     def start_node(self, name: str) -> None:

@@ -36,7 +36,7 @@ quickstart: $(VENV)/.installed  ## Draw pairs, train on them with two processes,
 	$(BIN)/clipdist eval $(RUN)/model --data data/phantom --split test
 	@echo
 	@echo "Report:       $(RUN)/report.html (open it in a browser)"
-	@echo "TensorBoard:  $(BIN)/tensorboard --logdir runs"
+	@echo "TensorBoard:  $(BIN)/clipdist board runs"
 	@echo "Model:        clipdist.load('$(RUN)/model')"
 
 EMOJI_WEIGHTS := $(VENV)/.emoji-weights

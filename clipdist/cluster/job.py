@@ -7,6 +7,7 @@ import logging
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,9 +67,11 @@ def run_job(training: Training, allocation: Allocation) -> int:
     when the job is back in the queue; 1 when given up; 70 on another node than the first when that one was lost.
     """
     asked: list[int] = []
+    ever_asked = threading.Event()
 
     def note(number: int, frame: FrameType | None) -> None:
         asked.append(number)
+        ever_asked.set()
 
     for signal_number in PASSED_ON:
         signal.signal(signal_number, note)
@@ -86,7 +89,7 @@ def run_job(training: Training, allocation: Allocation) -> int:
             node.keep_logs(training.run / LOGS / f"{allocation.job}-{allocation.restarts}-{attempt}")
         meeting.end(code)
         if allocation.node == 0:
-            verdict = _decide(training, meeting, code, asked)
+            verdict = _decide(training, meeting, code, ever_asked)
             meeting.decide(verdict)
         else:
             verdict = meeting.verdict(END_SECONDS + PAUSE_SECONDS + 60) or str(LOST)
@@ -128,7 +131,8 @@ def judge(ends: dict[str, int], nodes: int, first: int) -> int:
     return CRASHED
 
 
-def _decide(training: Training, meeting: Meeting, first: int, asked: list[int]) -> str:
+def _decide(training: Training, meeting: Meeting, first: int, asked: threading.Event) -> str:
+    """The first node's verdict, once its own ranks have ended with `first`. `asked` tells whether a signal has come."""
     allocation = meeting.allocation
     ends = meeting.ends(END_SECONDS)
     code = judge(ends, len(allocation.nodes), first)
@@ -163,11 +167,14 @@ def _decide(training: Training, meeting: Meeting, first: int, asked: list[int]) 
         if lost:
             logger.info(f"{told}; there is no other node to go on with")
             return REQUEUE
+    if asked.is_set():
+        logger.info(f"{told}, asked to stop: no start in what is left of this allocation")
+        return REQUEUE if allocation.slurm else str(CRASHED)
     pause = min(PAUSE_SECONDS, float(len(crashes) ** 2))
     logger.info(
         f"{told}; start {meeting.attempt + 1} in this allocation follows in {pause:.0f} s, from the last checkpoint"
     )
-    if _asked_within(pause, asked):
+    if asked.wait(pause):
         return REQUEUE if allocation.slurm else str(STOPPED)
     return AGAIN
 
@@ -186,10 +193,3 @@ def _newest(run: Path) -> str:
 
     step = newest_step(run / "checkpoints")
     return "" if step is None else str(step)
-
-
-def _asked_within(seconds: float, asked: list[int]) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not asked:
-        time.sleep(0.1)
-    return bool(asked)

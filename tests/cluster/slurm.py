@@ -19,12 +19,14 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 NODES = 4
 DAEMONS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "scontrol", "ip")
-CONTROL_PORT, FIRST_PORT = 16917, 17100
+PORTS = range(16_900, 18_900, NODES + 1)
+"""Where to look for as many in a row that are free: another such cluster may be on this machine."""
 NETWORK, CONTROL_HOST = "10.77.0", 254
 SPACE = "clipdist-"
 """How the names of our network namespaces begin."""
@@ -95,6 +97,19 @@ def missing() -> str:
     return f"not installed: {', '.join(lacking)} (make test-cluster installs them)" if lacking else ""
 
 
+def free_ports() -> int:
+    """The first of NODES + 1 in a row on which nothing listens here."""
+    for first in PORTS:
+        with ExitStack() as opened:
+            try:
+                for port in range(first, first + NODES + 1):
+                    opened.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return first
+    raise AssertionError(f"no {NODES + 1} ports in a row are free from {PORTS.start} to {PORTS.stop}")
+
+
 class LocalSlurm:
     """`network`: each node has one of its own."""
 
@@ -123,11 +138,13 @@ class LocalSlurm:
         (root / "cgroup.conf").write_text(
             "CgroupPlugin=cgroup/v1\n"
         )  # unused; found out by itself, it would be mounted
+        control = free_ports()
+        first = control + 1
         where = {
             "control_address": self._address(CONTROL_HOST),
-            "control_port": CONTROL_PORT,
+            "control_port": control,
             "node_addresses": f"{NETWORK}.[1-{NODES}]" if self.network else "127.0.0.1",
-            "ports": str(FIRST_PORT) if self.network else f"{FIRST_PORT}-{FIRST_PORT + NODES - 1}",
+            "ports": str(first) if self.network else f"{first}-{first + NODES - 1}",
         }
         (root / "slurm.conf").write_text(CONFIGURATION.format(host=host, root=root, nodes=NODES, **where))
         key = root / "munge.key"

@@ -60,9 +60,10 @@ class Node:
         codes.mkdir()
         launcher = self._launch(port, codes, rendezvous_seconds)
         self._watch(launcher, codes)
-        code = outcome(launcher.returncode, _codes(codes), self.processes)
+        noted = _codes(codes)
+        code = outcome(launcher.returncode, noted, self.processes)
         if code in (WRONG, CRASHED):
-            self._fail(f"the ranks here ended with {code}")
+            self._fail("a rank died" if len(noted) < self.processes else f"a rank ended with exit code {code}")
         return code
 
     def keep_logs(self, target: Path) -> None:

@@ -1,21 +1,24 @@
 """What we ask of SLURM about jobs and nodes, through `scontrol`, `sinfo` and `scancel`; no accounting is needed."""
 
-import shutil
+import signal
 import subprocess
 
 SECONDS = 60.0
 
 
 def ask(*words: str) -> subprocess.CompletedProcess[str]:
-    """Runs one of SLURM's commands; how it ended is the caller's to look at."""
+    """Runs one of SLURM's commands; how it ended is the caller's to look at. It outlasts the SIGTERM that ends a job,
+    which reaches each of its processes."""
     try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)
+        return subprocess.run(
+            words, capture_output=True, text=True, timeout=SECONDS, check=False, preexec_fn=_ignore_the_end
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(words, 1, "", str(error))
 
 
-def available() -> bool:
-    return shutil.which("scontrol") is not None
+def _ignore_the_end() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def job(number: str) -> dict[str, str]:

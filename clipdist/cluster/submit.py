@@ -18,6 +18,7 @@ from submitit.core.utils import DelayedSubmission, FailedJobError
 from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from clipdist import world
+from clipdist.cluster import scheduler
 from clipdist.cluster.job import FINISHED, STOPPED, Limits, Training, log_to_output, run_job
 from clipdist.cluster.meeting import this_machine
 from clipdist.cluster.runs import JOBS, STOP
@@ -316,11 +317,16 @@ def write_submitted(config: "RunConfig", job: Submitted) -> Submitted:
 
 def send(job: Submitted, name: str, resources: Resources) -> tuple[str, Path]:
     """Puts one job into the queue; its number and the file that its output goes to. Raises `UserError` with SLURM's
-    words when it is refused."""
+    words when it is refused, or would wait forever: then it is taken out again."""
     executor = _executor(job.training.run / LOGS)
+    if refusal := scheduler.test(sbatch_text(job, name, resources)):
+        raise UserError(f"SLURM refuses the job: {refusal}")
     executor.update_parameters(**_parameters(job, name, resources))
     with _refused():
         sent: submitit.Job[int] = executor.submit(job)
+    if reason := scheduler.hopeless(sent.job_id):
+        scheduler.cancel(sent.job_id)
+        raise UserError(f"SLURM would never start the job, so it is not in the queue: {reason}")
     return sent.job_id, sent.paths.stdout
 
 

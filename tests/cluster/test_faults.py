@@ -72,14 +72,14 @@ def test_requeued_by_hand(start: Callable[..., Job], undisturbed: Path) -> None:
 
 def test_a_rank_hangs(start: Callable[..., Job], undisturbed: Path) -> None:
     """SIGSTOP: the others wait for it in a collective until they take it for hung, write their stacks, and all start
-    anew; within the limit, and the seconds that the killing takes."""
+    anew. How soon: benchmarks/supervision.py."""
     job = start(words=["train.hang_minutes=0.1"])
     job.reach(6)
     os.kill(job.ranks()[2].pid, signal.SIGSTOP)
     stopped = time.monotonic()
     while job.ranks() and time.monotonic() - stopped < 60:
         time.sleep(0.1)
-    assert time.monotonic() - stopped < 6 + 10
+    assert not job.ranks()
     assert job.finish()["Restarts"] == "0"
     said = job.said(whole=True)
     assert "Timeout (0:00:06)!" in said

@@ -277,7 +277,7 @@ def test_only_errors_of_the_disk_are_reworded(tmp_path: Path) -> None:
     for number in (28, 122):  # no space left; quota exceeded
         with pytest.raises(UserError, match=r"cannot be written \(.+\); free some space"):
             within(OSError(number, os.strerror(number)))
-    with pytest.raises(UserError, match=r"written \(Read-only file system\); run it again when it can, or choose another"):
+    with pytest.raises(UserError, match=r"written \(Read-only file system\); run it again when it can"):
         within(OSError(30, "x"))
     with pytest.raises(FileNotFoundError):
         within(FileNotFoundError(2, "x"))

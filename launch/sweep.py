@@ -68,7 +68,9 @@ def main(arguments: list[str] | None = None) -> None:
         if jobs and slurm:
             number = sweep.send(planned, record, jobs, resources, args.at_once)
             told = f", at most {args.at_once} at once" if args.at_once else ""
-            print(f"job {number}: {len(jobs)} runs{told}; output in {planned.folder / submit.LOGS}")
+            print(
+                f"job {number}: {len(jobs)} run{'s'[: len(jobs) - 1]}{told}; output in {planned.folder / submit.LOGS}"
+            )
     print(sweep.summary(planned, found))
     if not slurm:
         sys.exit(run_here(planned.folder, jobs, resources))

@@ -1,6 +1,6 @@
 """What we ask of SLURM about jobs and nodes, through `scontrol`, `sinfo` and `squeue`; no accounting is needed."""
 
-import getpass
+import os
 import re
 import shutil
 import subprocess
@@ -67,7 +67,7 @@ def others(number: str, without: str) -> int:
 def queue() -> dict[str, str] | None:
     """Our jobs that wait or run, those of an array as array_index -> PENDING, RUNNING, …; None where SLURM does not
     answer."""
-    done = ask("squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%i %T")
+    done = ask("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i %T")
     if done.returncode:
         return None
     return dict(line.split(maxsplit=1) for line in done.stdout.splitlines())

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from clipdist import world
 from clipdist.cluster import scheduler, submit
 from clipdist.cluster.job import FINISHED, STOPPED
 from clipdist.cluster.runs import STOP, newest_state
@@ -58,7 +59,7 @@ class Record:
     keys: dict[str, str]
     """Key that varies -> how it is searched: grid, log, uniform, choice or range."""
     base: dict[str, Any]
-    """The resolved configuration of one run: what does not vary is that of all."""
+    """The resolved configuration of the first run: what does not vary is that of all."""
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     jobs: dict[str, str] = field(default_factory=dict)
     """Name -> SLURM's number of the job that it was last given to."""
@@ -72,7 +73,8 @@ class Element(submit.Submitted):
 
     def __call__(self) -> int:
         code = super().__call__()
-        if code == FINISHED and not self.here:
+        allocation = None if self.here else world.allocation()
+        if code == FINISHED and allocation and allocation.node == 0:
             from clipdist.cluster.sweep_table import write_results
 
             try:
@@ -152,7 +154,8 @@ def resumed(planned: Plan, draws: int, seed: int, force: bool = False) -> Record
     """
     keys = {key.key: key.search or "grid" for key in planned.keys}
     first = next(iter(planned.configs.values()))
-    record = Record(str(planned.recipe), planned.words, draws, seed, keys, plain(first))
+    base = {key: value for key, value in plain(first).items() if key not in ("name", "runs")}
+    record = Record(str(planned.recipe), planned.words, draws, seed, keys, base)
     if not (planned.folder / RECORD).exists():
         if (planned.folder / "config.yaml").exists():
             raise UserError(f"{planned.folder}: there is a run of that name; choose another --name")
@@ -256,11 +259,13 @@ def run_here(jobs: dict[str, Element], resources: submit.Resources) -> Iterator[
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Keeps other commands from the sweep's own files meanwhile."""
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock = hold(folder)
-    except UserError:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = hold(folder)
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
         raise UserError(f"{folder}: another launch/sweep.py is at work there; try again when it has ended") from None
     try:
         yield
@@ -272,9 +277,8 @@ def summary(planned: Plan, found: dict[str, str]) -> str:
     """How many runs there are of each state, in words."""
     numbers = ", ".join(f"{number} {state}" for state, number in Counter(found.values()).most_common())
     same = planned.combinations - len(found)
-    return (
-        f"{planned.folder}: {len(found)} runs, {numbers}{f'; {same} draws have the values of another' if same else ''}"
-    )
+    doubles = f"; {same} draws have the values of another" if same else ""
+    return f"{planned.folder}: {len(found)} run{'s'[: len(found) - 1]}, {numbers}{doubles}"
 
 
 def _value(tree: Any, key: str) -> Any:

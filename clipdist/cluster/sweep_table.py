@@ -114,7 +114,7 @@ def _row(
         epoch=max((int(one["epoch"]) + 1 for one in records if "train/loss" in one), default=None),
         score=best,
         gallery=gallery,
-        loss=state.loss,
+        loss=state.loss if state.loss is not None and np.isfinite(state.loss) else None,
         seconds=float((np.diff(at, prepend=0.0) * per_step).sum()),
         starts=state.starts,
         job=state.job or record.jobs.get(name, ""),
@@ -125,6 +125,7 @@ def write_results(folder: Path) -> Results:
     """Brings `sweep.csv`, `sweep.json` and `sweep.png` up to date; without a score or a loss yet, there is no plot."""
     from clipdist.cluster.sweep_plot import draw
 
+    read_record(folder)  # a folder of another kind gets nothing written into it
     with held(folder):
         results = read_results(folder)
         plot = draw(results)

@@ -207,7 +207,7 @@ def _categories(axes: Axes, results: "Results", rows: Sequence["Row"], key: str)
     found = {json.dumps(row.values.get(key)): row.values.get(key) for row in rows}
     places = {text: place for place, text in enumerate(sorted(found, key=lambda text: _order(found[text])))}
     names = [labels.get(text, "–") for text in places]
-    axes.set_xticks(range(len(places)), list(map(_cut, names)))
+    axes.set_xticks(range(len(places)), _cut(names))
     axes.set_xlim(-0.6, len(places) - 0.4)
     return lambda row: float(places[json.dumps(row.values.get(key))])
 
@@ -240,8 +240,9 @@ def _handles(results: "Results", rows: Sequence["Row"], lines: str, medians: boo
     handles = []
     if lines:
         labels = results.labels(lines)
-        for members, (colour, marker) in zip(_groups(rows, lines), LINES, strict=False):
-            name = _cut(labels.get(json.dumps(members[0].values.get(lines)), "–"))
+        groups = _groups(rows, lines)
+        names = _cut([labels.get(json.dumps(members[0].values.get(lines)), "–") for members in groups])
+        for name, (colour, marker) in zip(names, LINES, strict=False):
             handles.append(Line2D([], [], color=colour, marker=marker, linestyle="none", label=name))
     if any(row.state != "finished" for row in rows):
         handles.append(Line2D([], [], color=MUTED, marker="o", mfc="white", linestyle="none", label="not finished"))
@@ -251,5 +252,8 @@ def _handles(results: "Results", rows: Sequence["Row"], lines: str, medians: boo
     return [*handles, Line2D([], [], color=INK, marker="o", mfc="none", markersize=10, linestyle="none", label=label)]
 
 
-def _cut(name: str) -> str:
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+def _cut(names: Sequence[str]) -> list[str]:
+    """Long ones without their middle, unless they would become each other."""
+    start = LONGEST * 3 // 5
+    cut = [name if len(name) <= LONGEST else f"{name[:start]}…{name[start + 1 - LONGEST :]}" for name in names]
+    return cut if len(set(cut)) == len(set(names)) else list(names)

@@ -81,10 +81,15 @@ def test_an_array(slurm: LocalSlurm, sweep: Callable[..., subprocess.CompletedPr
     array.until(lambda found: bool(named_as_all(found)))
     victim = named_as_all(array.look())
     array.until(lambda _: reached(array.runs[victim], 6))
+    # At once: it trains for seconds only.
+    slurm.run("scancel", "--signal=USR1", victim, check=True)
+    array.until(lambda _: slurm.job(victim)["Restarts"] == "1")
+    assert max(column(array.runs[victim], "train/loss")) < LAST
     again = sweep(RATES)
     assert "job" not in again.stdout.splitlines()[0]
     assert re.search(r"4 runs, .*\d in the queue", again.stdout)
-    slurm.run("scancel", "--signal=USR1", victim, check=True)
+    assert "new" not in again.stdout
+    assert "goes on" not in again.stdout
     array.until(lambda found: not found)
 
     restarts = {job: slurm.job(job)["Restarts"] for job in array.runs}

@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart emoji test test-all test-cluster lint clean
+.PHONY: help install quickstart emoji test test-all test-cluster lint clean
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -28,13 +28,15 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable ".[dev,emoji]"
 	@touch $@
 
+install: $(VENV)/.installed  ## The environment in .venv
+
 quickstart: $(VENV)/.installed  ## Draw pairs, train on them with two processes, evaluate, write the report
 	$(BIN)/python shards/phantom.py --out data/phantom
 	$(LAUNCH) --num_processes 2 -m clipdist.train launch/recipes/phantom.yaml
 	$(BIN)/clipdist eval $(RUN)/model --data data/phantom --split test
 	@echo
 	@echo "Report:       $(RUN)/report.html (open it in a browser)"
-	@echo "TensorBoard:  $(BIN)/tensorboard --logdir runs"
+	@echo "TensorBoard:  $(BIN)/clipdist board runs"
 	@echo "Model:        clipdist.load('$(RUN)/model')"
 
 EMOJI_WEIGHTS := $(VENV)/.emoji-weights

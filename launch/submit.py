@@ -35,9 +35,13 @@ def main(arguments: list[str] | None = None) -> None:
         return
     job = submit.write_submitted(config, job)
     if args.cluster == "local":
-        sys.exit(submit.run_here(job, resources))
+        sys.exit(submit.run_here(job, resources, tell))
     number, output = submit.send(job, config.name, resources)
     print(f"job {number}: {config.folder}, output in {output}")
+
+
+def tell(process: str, output: Path) -> None:
+    print(f"process {process}, output in {output}", flush=True)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from clipdist.cli import run_script
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from clipdist.cluster import scheduler, submit, sweep
+    from clipdist.cluster import submit, sweep
 
     args = parse(arguments)
     logging.basicConfig(format="%(message)s")
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     slurm = args.cluster == "slurm"
     planned = sweep.plan(args.recipe, args.words, args.name, args.random, args.sweep_seed, args.max_runs)
     record = sweep.resumed(planned, args.random, args.sweep_seed, args.force)
-    found = sweep.states(planned, record, slurm and scheduler.available())
+    found = sweep.states(planned, record)
     jobs = sweep.prepare(planned, found, args)
     if args.dry_run:
         for name, state in found.items():
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     with sweep.held(planned.folder):
         # Once more: another command may have sent some of them meanwhile.
         record = sweep.resumed(planned, args.random, args.sweep_seed, args.force)
-        found = sweep.states(planned, record, slurm)
+        found = sweep.states(planned, record, sending=slurm)
         jobs = sweep.write(planned, record, {name: job for name, job in jobs.items() if found[name] in sweep.TO_SEND})
         if jobs and slurm:
             number = sweep.send(planned, record, jobs, resources, args.at_once)
@@ -118,12 +118,16 @@ def run_here(folder: Path, jobs: dict, resources: object) -> int:
     from clipdist.cluster.job import FINISHED, STOPPED
 
     codes = {}
-    for name, code in sweep.run_here(jobs, resources):
+    for name, code in sweep.run_here(jobs, resources, tell):
         codes[name] = code
         told = {FINISHED: "done", STOPPED: "stopped; the same command goes on"}.get(code, f"failed with code {code}")
         print(f"{len(codes)}/{len(jobs)} {name}: {told}", flush=True)
     show(folder)
     return STOPPED if STOPPED in codes.values() else int(any(codes.values()))
+
+
+def tell(process: str, output: Path) -> None:
+    print(f"process {process}, output in {output}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 Every node runs this; the first one decides, since one has to, and tells the others.
 """
 
+import logging
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ PAUSE_SECONDS = 60.0
 END_SECONDS = GRACE_SECONDS + 25.0
 """How long the first node waits for the others once its own ranks have ended. All end theirs after `GRACE_SECONDS`."""
 AGAIN, REQUEUE = "again", "requeue"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,11 @@ def run_job(training: Training, allocation: Allocation) -> int:
     when the job is back in the queue; 1 when given up; 70 on another node than the first when that one was lost.
     """
     asked: list[int] = []
+    ever_asked = threading.Event()
 
     def note(number: int, frame: FrameType | None) -> None:
         asked.append(number)
+        ever_asked.set()
 
     for signal_number in PASSED_ON:
         signal.signal(signal_number, note)
@@ -84,7 +89,7 @@ def run_job(training: Training, allocation: Allocation) -> int:
             node.keep_logs(training.run / LOGS / f"{allocation.job}-{allocation.restarts}-{attempt}")
         meeting.end(code)
         if allocation.node == 0:
-            verdict = _decide(training, meeting, code, asked)
+            verdict = _decide(training, meeting, code, ever_asked)
             meeting.decide(verdict)
         else:
             verdict = meeting.verdict(END_SECONDS + PAUSE_SECONDS + 60) or str(LOST)
@@ -93,7 +98,7 @@ def run_job(training: Training, allocation: Allocation) -> int:
             continue
         if verdict.startswith(REQUEUE):
             if allocation.node == 0:
-                _say(scheduler.requeue(allocation.job, verdict.removeprefix(REQUEUE).strip()))
+                logger.info(scheduler.requeue(allocation.job, verdict.removeprefix(REQUEUE).strip()))
             return STOPPED
         return int(verdict)
 
@@ -108,6 +113,12 @@ def _preflight(training: Training) -> int:
     return WRONG if code else FINISHED
 
 
+def log_to_output() -> None:
+    """What a job says of itself goes to its output, bare, beside what the ranks say."""
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    logging.getLogger("clipdist").setLevel(logging.INFO)
+
+
 def judge(ends: dict[str, int], nodes: int, first: int) -> int:
     """One code of those that the nodes' ranks ended with; `first` is the first node's."""
     codes = [*ends.values(), first]
@@ -120,7 +131,8 @@ def judge(ends: dict[str, int], nodes: int, first: int) -> int:
     return CRASHED
 
 
-def _decide(training: Training, meeting: Meeting, first: int, asked: list[int]) -> str:
+def _decide(training: Training, meeting: Meeting, first: int, asked: threading.Event) -> str:
+    """The first node's verdict, once its own ranks have ended with `first`. `asked` tells whether a signal has come."""
     allocation = meeting.allocation
     ends = meeting.ends(END_SECONDS)
     code = judge(ends, len(allocation.nodes), first)
@@ -129,9 +141,9 @@ def _decide(training: Training, meeting: Meeting, first: int, asked: list[int]) 
     for_good = (training.run / STOP).exists()
     if code == STOPPED:
         if for_good:
-            _say(f"stopped for good, since {training.run / STOP} exists; remove it and submit again to go on")
+            logger.info(f"stopped for good, since {training.run / STOP} exists; remove it and submit again to go on")
             return str(STOPPED)
-        _say("stopped with a good checkpoint")
+        logger.info("stopped with a good checkpoint")
         return REQUEUE if allocation.slurm else str(STOPPED)
     blamed = meeting.blamed(ends)
     crash = Crash(time.time(), blamed.host, blamed.why, _newest(training.run))
@@ -139,10 +151,10 @@ def _decide(training: Training, meeting: Meeting, first: int, asked: list[int]) 
     crashes = in_a_row(meeting.crashes())
     told = f"crashed: {blamed.why}{f' ({blamed.host})' if blamed.host else ''}"
     if for_good:
-        _say(f"{told}; not started anew, since {training.run / STOP} exists")
+        logger.info(f"{told}; not started anew, since {training.run / STOP} exists")
         return str(CRASHED)
     if len(crashes) > training.limits.crashes:
-        _say(
+        logger.info(
             f"{told}; {len(crashes)} times in a row without a new checkpoint: giving up; see above, and {training.run}"
         )
         return str(CRASHED)
@@ -150,14 +162,19 @@ def _decide(training: Training, meeting: Meeting, first: int, asked: list[int]) 
     if allocation.slurm and (lost or sum(past.host == blamed.host for past in crashes) >= BLAMED_TWICE):
         enough = scheduler.others(allocation.job, blamed.host) >= len(allocation.nodes)
         if enough and blamed.host:
-            _say(f"{told}; its fault {'now' if lost else 'again'}: to go on without it")
+            logger.info(f"{told}; its fault {'now' if lost else 'again'}: to go on without it")
             return f"{REQUEUE} {blamed.host}"
         if lost:
-            _say(f"{told}; there is no other node to go on with")
+            logger.info(f"{told}; there is no other node to go on with")
             return REQUEUE
+    if asked.is_set():
+        logger.info(f"{told}, asked to stop: no start in what is left of this allocation")
+        return REQUEUE if allocation.slurm else str(CRASHED)
     pause = min(PAUSE_SECONDS, float(len(crashes) ** 2))
-    _say(f"{told}; start {meeting.attempt + 1} in this allocation follows in {pause:.0f} s, from the last checkpoint")
-    if _asked_within(pause, asked):
+    logger.info(
+        f"{told}; start {meeting.attempt + 1} in this allocation follows in {pause:.0f} s, from the last checkpoint"
+    )
+    if asked.wait(pause):
         return REQUEUE if allocation.slurm else str(STOPPED)
     return AGAIN
 
@@ -176,14 +193,3 @@ def _newest(run: Path) -> str:
 
     step = newest_step(run / "checkpoints")
     return "" if step is None else str(step)
-
-
-def _asked_within(seconds: float, asked: list[int]) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not asked:
-        time.sleep(0.1)
-    return bool(asked)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

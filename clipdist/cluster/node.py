@@ -47,6 +47,7 @@ class Node:
         self.accelerate_config, self.words = accelerate_config, words
         self._failed = self._stuck = False
         self._alive_at = 0.0
+        self._ranks: dict[int, psutil.Process] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="clipdist-")  # of this node's own disk: no outage reaches it
         self.folder = Path(self._folder.name)
 
@@ -60,9 +61,10 @@ class Node:
         codes.mkdir()
         launcher = self._launch(port, codes, rendezvous_seconds)
         self._watch(launcher, codes)
-        code = outcome(launcher.returncode, _codes(codes), self.processes)
+        noted = _codes(codes)
+        code = outcome(launcher.returncode, noted, self.processes)
         if code in (WRONG, CRASHED):
-            self._fail(f"the ranks here ended with {code}")
+            self._fail("a rank died" if len(noted) < self.processes else f"a rank ended with exit code {code}")
         return code
 
     def keep_logs(self, target: Path) -> None:
@@ -109,7 +111,7 @@ class Node:
         failing_since: float | None = None
         while launcher.poll() is None:
             time.sleep(0.1)
-            ranks = _ranks(launcher)
+            ranks = self._find_ranks(launcher)
             while self.asked:
                 # A rank that has only begun does not listen yet, and looks for the file when it does.
                 (codes / world.STOP).touch()
@@ -128,6 +130,16 @@ class Node:
                 self._note_stuck(ranks)
                 for rank in ranks:
                     _send(rank, signal.SIGKILL)
+
+    def _find_ranks(self, launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
+        """All that have ever been seen, since one that has ended no longer shows what it was; the launcher has other
+        children, too, which come and go."""
+        with suppress(psutil.Error):
+            for child in psutil.Process(launcher.pid).children():
+                words = [] if child.pid in self._ranks else child.cmdline()
+                if "clipdist.train" in words and "--config_file" not in words:  # not yet a program of its own
+                    self._ranks[child.pid] = child
+        return list(self._ranks.values())
 
     def _fail(self, why: str, host: str = "") -> None:
         with suppress(OSError):  # then once more, later
@@ -181,13 +193,6 @@ def outcome(launcher: int, codes: Sequence[int], processes: int) -> int:
     if len(codes) == processes and set(codes) <= {FINISHED, STOPPED}:
         return STOPPED
     return WRONG if launcher == WRONG and not codes else CRASHED
-
-
-def _ranks(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    try:
-        return psutil.Process(launcher.pid).children()
-    except psutil.Error:
-        return []
 
 
 def _status(rank: psutil.Process) -> str:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from clipdist import world
-    from clipdist.cluster.job import Limits, Training, run_job
+    from clipdist.cluster.job import Limits, Training, log_to_output, run_job
     from clipdist.cluster.runs import JOBS
     from clipdist.errors import UserError
 
@@ -63,4 +63,5 @@ def run(args: argparse.Namespace) -> int:
         limits=Limits(args.max_crashes, args.rendezvous_seconds),
         preflight=args.preflight,
     )
+    log_to_output()
     return run_job(training, allocation)

@@ -1,29 +1,67 @@
-"""What we ask of SLURM about jobs and nodes, through `scontrol`, `sinfo` and `squeue`; no accounting is needed."""
+"""What we ask of SLURM about jobs and nodes, through `scontrol`, `squeue` and the like; no accounting is needed."""
 
 import os
 import re
-import shutil
+import signal
 import subprocess
+import tempfile
+import time
 
 SECONDS = 60.0
 
 
 def ask(*words: str) -> subprocess.CompletedProcess[str]:
-    """Runs one of SLURM's commands; how it ended is the caller's to look at."""
+    """Runs one of SLURM's commands; how it ended is the caller's to look at. It outlasts the SIGTERM that ends a job,
+    which reaches each of its processes."""
     try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)
+        return subprocess.run(
+            words, capture_output=True, text=True, timeout=SECONDS, check=False, preexec_fn=_ignore_the_end
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(words, 1, "", str(error))
 
 
-def available() -> bool:
-    return shutil.which("scontrol") is not None
+def _ignore_the_end() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def job(number: str) -> dict[str, str]:
     """What SLURM knows of a job: JobState, Restarts, ExcNodeList, …; empty when it knows nothing."""
     words = ask("scontrol", "show", "job", number, "--oneliner").stdout.split()
     return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+NEVER = re.compile(
+    r"can't_use|not_known|NotAllowed|InvalidAccount|InvalidQOS|PartitionNodeLimit|PartitionTimeLimit|BadConstraints"
+)
+"""Reasons of a job that waits, for which it would wait forever."""
+
+
+def test(script: str) -> str:
+    """What SLURM has against a script for sbatch, in its own words; empty when it would take it."""
+    with tempfile.NamedTemporaryFile("w", suffix=".sh", encoding="utf-8") as file:
+        file.write(script)
+        file.flush()
+        done = ask("sbatch", "--test-only", file.name)
+    return done.stderr.strip().replace("\n", "; ") or "sbatch --test-only failed" if done.returncode else ""
+
+
+def hopeless(number: str, seconds: float = 2.0) -> str:
+    """Why a job that has just been queued would wait forever, in SLURM's words, which has them in a moment; empty where
+    it says nothing of the kind. Without accounting, it is here that a wrong account shows."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = job(number)
+        if found.get("JobState") != "PENDING":
+            return ""
+        if NEVER.search(found.get("Reason", "")):
+            return found["Reason"].replace("_", " ")
+        time.sleep(0.2)
+    return ""
+
+
+def cancel(number: str) -> None:
+    ask("scancel", number)
 
 
 def requeue(number: str, without: str = "") -> str:

@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,8 @@ from submitit.core.utils import DelayedSubmission, FailedJobError
 from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from clipdist import world
-from clipdist.cluster.job import FINISHED, STOPPED, Limits, Training, run_job
+from clipdist.cluster import scheduler
+from clipdist.cluster.job import FINISHED, STOPPED, Limits, Training, log_to_output, run_job
 from clipdist.cluster.meeting import this_machine
 from clipdist.cluster.runs import JOBS, STOP
 from clipdist.data.mixing import Mixture
@@ -72,6 +73,7 @@ class Submitted:
     gpus: int = 0
 
     def __call__(self) -> int:
+        log_to_output()
         allocation = None if self.here else world.allocation()
         code = run_job(self.training, allocation or this_machine(self.gpus))
         if code == FINISHED and self.evaluate and (allocation is None or allocation.node == 0):
@@ -322,13 +324,9 @@ def write_submitted(config: "RunConfig", job: S) -> S:
 
 
 def send(job: Submitted, name: str, resources: Resources) -> tuple[str, Path]:
-    """Puts one job into the queue; its number and the file that its output goes to. Raises `UserError` with SLURM's
-    words when it is refused."""
-    executor = _executor(job.training.run / LOGS)
-    executor.update_parameters(**_parameters(job, name, resources))
-    with _refused():
-        sent: submitit.Job[int] = executor.submit(job)
-    return sent.job_id, sent.paths.stdout
+    """Puts one job into the queue; its number and the file that its output goes to. Raises as `send_array` does."""
+    (sent,) = send_array([job], name, resources, job.training.run / LOGS)
+    return sent
 
 
 def send_array(
@@ -336,11 +334,18 @@ def send_array(
 ) -> list[tuple[str, Path]]:
     """Puts all of these jobs into the queue as one array, or one alone as a plain job; for each its number,
     array_index, and the file that its output goes to, which is in `folder`. At most `at_once` of them run at a time; 0:
-    as many as there is room for. Raises `UserError` with SLURM's words when it is refused."""
+    as many as there is room for. Raises `UserError` with SLURM's words when they are refused, or would wait forever:
+    then they are taken out again."""
     executor = _executor(folder)
+    if refusal := scheduler.test(sbatch_text(jobs[0], name, resources, folder, len(jobs), at_once)):
+        raise UserError(f"SLURM refuses the job: {refusal}")
     executor.update_parameters(array_parallelism=at_once or len(jobs), **_parameters(jobs[0], name, resources))
     with _refused(), executor.batch():
         sent: list[submitit.Job[int]] = [executor.submit(job) for job in jobs]
+    number = sent[0].job_id
+    if reason := scheduler.hopeless(number):
+        scheduler.cancel(number.split("_")[0])
+        raise UserError(f"SLURM would never start the job, so it is not in the queue: {reason}")
     return [(job.job_id, job.paths.stdout) for job in sent]
 
 
@@ -360,15 +365,16 @@ def _refused() -> Iterator[None]:
         raise UserError(f"SLURM refuses the job: {' '.join(said) or error}") from None
 
 
-def run_here(job: Submitted, resources: Resources) -> int:
-    """Runs the job on this machine and waits; its exit code. What it says is in the file that is printed first."""
+def run_here(job: Submitted, resources: Resources, told: Callable[[str, Path], None]) -> int:
+    """Runs the job on this machine and waits; its exit code. `told` is called at its begin, with its process and the
+    file that what it says goes to."""
     executor = submitit.LocalExecutor(folder=job.training.run / LOGS)
     executor.update_parameters(
         timeout_min=resources.minutes, signal_delay_s=resources.signal_seconds, gpus_per_node=resources.gpus_per_node
     )
     executor.update_parameters(stderr_to_stdout=True)
     sent: submitit.Job[int] = executor.submit(job)
-    print(f"process {sent.job_id}, output in {sent.paths.stdout}", flush=True)
+    told(sent.job_id, sent.paths.stdout)
     try:
         return sent.result()
     except KeyboardInterrupt:

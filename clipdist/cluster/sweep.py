@@ -10,7 +10,7 @@ import argparse
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -178,13 +178,17 @@ def _concerns(line: str, keys: Sequence[str]) -> bool:
     return any(line.startswith((f"{key}:", f"{key}.")) for key in keys)
 
 
-def states(planned: Plan, record: Record, slurm: bool) -> dict[str, str]:
-    """Of each run of the plan: new, goes on, finished, in the queue, stopped. The last three are not sent again."""
+def states(planned: Plan, record: Record, sending: bool = False) -> dict[str, str]:
+    """Of each run of the plan: new, goes on, finished, in the queue, stopped. The last three are not sent again.
+
+    Where SLURM does not answer, nothing is in its queue; `sending` some there, that is a `UserError` instead, since no
+    run may wait there twice.
+    """
     given = {record.jobs[name] for name in planned.configs if name in record.jobs}
-    queue = scheduler.queue() if slurm and given else {}
-    if queue is None:
+    queue = scheduler.queue() if given else {}
+    if queue is None and sending:
         raise UserError("squeue does not answer, so it cannot be told which runs wait in the queue already; try again")
-    return {name: _state(planned.folder / name, record.jobs.get(name) in queue) for name in planned.configs}
+    return {name: _state(planned.folder / name, record.jobs.get(name) in (queue or {})) for name in planned.configs}
 
 
 def _state(run: Path, queued: bool) -> str:
@@ -242,12 +246,14 @@ def send(planned: Plan, record: Record, jobs: dict[str, Element], resources: sub
     return sent[0][0].split("_")[0]
 
 
-def run_here(jobs: dict[str, Element], resources: submit.Resources) -> Iterator[tuple[str, int]]:
+def run_here(
+    jobs: dict[str, Element], resources: submit.Resources, told: Callable[[str, Path], None]
+) -> Iterator[tuple[str, int]]:
     """Runs the jobs on this machine, one after another; each one's name and exit code. One that fails does not keep the
-    others from running; one that was asked to stop is the last."""
+    others from running; one that was asked to stop is the last. `told` as `submit.run_here` has it."""
     for name, job in jobs.items():
         try:
-            code = submit.run_here(job, resources)
+            code = submit.run_here(job, resources, told)
         except UserError as error:
             logger.error("%s: %s", name, error)
             code = 1

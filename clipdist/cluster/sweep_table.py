@@ -79,7 +79,7 @@ class Results:
 def read_results(folder: Path) -> Results:
     """Raises `UserError` where there is no sweep."""
     record = read_record(folder)
-    queue = scheduler.queue() if record.jobs and scheduler.available() else None
+    queue = scheduler.queue() if record.jobs else None
     monitor = record.base["evaluate"]["monitor"]
     rows = [_row(folder, name, values, record, queue, monitor) for name, values in record.runs.items()]
     sign = -1.0 if MONITORS[monitor] else 1.0

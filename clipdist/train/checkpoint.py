@@ -62,7 +62,7 @@ class CheckpointConfig:
     """How many of the newest stay."""
     in_background: bool = True
     """Training goes on while a checkpoint is written; it takes as much memory more as weights and optimiser have."""
-    retry_minutes: NonNegativeFloat = 10.0
+    retry_minutes: NonNegativeFloat = 4.0
     """At the end, or when asked to stop, a disk that refuses the last checkpoint is waited for so long. In between,
     training goes on without, however long it takes."""
 

@@ -19,12 +19,14 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 NODES = 4
 DAEMONS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "scontrol", "ip")
-CONTROL_PORT, FIRST_PORT = 16917, 17100
+PORTS = range(16_900, 18_900, NODES + 1)
+"""Where to look for as many in a row that are free: another such cluster may be on this machine."""
 NETWORK, CONTROL_HOST = "10.77.0", 254
 SPACE = "clipdist-"
 """How the names of our network namespaces begin."""
@@ -82,6 +84,7 @@ PartitionName=high Nodes=ALL             PriorityTier=10 PreemptMode=OFF        
 # Whoever ends these tests by force ends the cluster, too.
 WITH_US = ("setpriv", "--pdeathsig", "KILL")
 # The node's first process: it reaps orphans, and everything below it ends with it.
+KNOWN = 'mount --bind "$0/hosts" /etc/hosts; exec "$@"'
 NODE = 'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; slurmd -D -f "$2/slurm.conf" -N "$1"; exit $?'
 
 
@@ -92,6 +95,19 @@ def missing() -> str:
     path = f"{os.environ['PATH']}:/usr/sbin"
     lacking = [name for name in DAEMONS if not shutil.which(name, path=path)]
     return f"not installed: {', '.join(lacking)} (make test-cluster installs them)" if lacking else ""
+
+
+def free_ports() -> int:
+    """The first of NODES + 1 in a row on which nothing listens here."""
+    for first in PORTS:
+        with ExitStack() as opened:
+            try:
+                for port in range(first, first + NODES + 1):
+                    opened.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return first
+    raise AssertionError(f"no {NODES + 1} ports in a row are free from {PORTS.start} to {PORTS.stop}")
 
 
 class LocalSlurm:
@@ -122,11 +138,13 @@ class LocalSlurm:
         (root / "cgroup.conf").write_text(
             "CgroupPlugin=cgroup/v1\n"
         )  # unused; found out by itself, it would be mounted
+        control = free_ports()
+        first = control + 1
         where = {
             "control_address": self._address(CONTROL_HOST),
-            "control_port": CONTROL_PORT,
+            "control_port": control,
             "node_addresses": f"{NETWORK}.[1-{NODES}]" if self.network else "127.0.0.1",
-            "ports": str(FIRST_PORT) if self.network else f"{FIRST_PORT}-{FIRST_PORT + NODES - 1}",
+            "ports": str(first) if self.network else f"{first}-{first + NODES - 1}",
         }
         (root / "slurm.conf").write_text(CONFIGURATION.format(host=host, root=root, nodes=NODES, **where))
         key = root / "munge.key"
@@ -184,7 +202,9 @@ class LocalSlurm:
 
     def _daemon(self, *words: str) -> None:
         with open(self.root / f"{words[0]}.out", "wb") as out:
-            words = (*WITH_US, *self._inside("control"), *words)
+            # The controller listens where its host's name leads.
+            known = ("unshare", "--mount", "bash", "-c", KNOWN, str(self.root)) if self.network else ()
+            words = (*WITH_US, *self._inside("control"), *known, *words)
             self._daemons.append(subprocess.Popen(words, stdout=out, stderr=out, env=self.environment))
 
     def start_node(self, name: str) -> None:

@@ -25,7 +25,8 @@ def start(
     """start(options of sbatch …): the same job in a folder of its own."""
 
     def begin(*options: str, words: Sequence[str] = ()) -> Job:
-        (tmp_path / "data").symlink_to(undisturbed / "data")
+        if not (tmp_path / "data").exists():
+            (tmp_path / "data").symlink_to(undisturbed / "data")
         return Job(slurm, tmp_path, cluster_recipe(tmp_path), raw, *options, words=words)
 
     return begin
@@ -71,14 +72,14 @@ def test_requeued_by_hand(start: Callable[..., Job], undisturbed: Path) -> None:
 
 def test_a_rank_hangs(start: Callable[..., Job], undisturbed: Path) -> None:
     """SIGSTOP: the others wait for it in a collective until they take it for hung, write their stacks, and all start
-    anew; within the limit, and the seconds that the killing takes."""
+    anew. How soon: benchmarks/supervision.py."""
     job = start(words=["train.hang_minutes=0.1"])
     job.reach(6)
     os.kill(job.ranks()[2].pid, signal.SIGSTOP)
     stopped = time.monotonic()
     while job.ranks() and time.monotonic() - stopped < 60:
         time.sleep(0.1)
-    assert time.monotonic() - stopped < 6 + 10
+    assert not job.ranks()
     assert job.finish()["Restarts"] == "0"
     said = job.said(whole=True)
     assert "Timeout (0:00:06)!" in said
@@ -182,18 +183,17 @@ def test_cancelled_it_stays_away(start: Callable[..., Job]) -> None:
     assert job.slurm.job(job.number)["JobState"] == "CANCELLED"
 
 
-def test_on_fewer_nodes(slurm: LocalSlurm, start: Callable[..., Job], undisturbed: Path) -> None:
-    """One of a range, when no more are left: the same global batches in the same order, each rank with twice the
+def test_on_fewer_nodes(start: Callable[..., Job], undisturbed: Path) -> None:
+    """Submitted again with half of the nodes: the same global batches in the same order, each rank with twice the
     rows."""
-    job = start("--nodes=1-2")
+    job = start()
     job.reach(6)
-    slurm.run("scancel", "--signal=USR1", job.number, check=True)
-    slurm.wait(job.number, ("PENDING",))
-    slurm.run("scontrol", "update", "NodeName=n[2-4]", "State=DRAIN", "Reason=test", check=True)
-    try:
-        job.finish()
-    finally:
-        slurm.run("scontrol", "update", "NodeName=n[2-4]", "State=RESUME", check=True)
+    (job.run / "stop").touch()
+    job.slurm.run("scancel", "--signal=USR1", job.number, check=True)
+    job.finish()
+    (job.run / "stop").unlink()
+    job = start("--nodes=1")
+    job.finish()
     environment = json.loads((job.run / "environment.json").read_text())
     assert [start["world_size"] for start in environment["starts"]] == [4, 2]
     assert column(job.run, "data/digest") == column(undisturbed / "runs" / "tiny", "data/digest")

@@ -13,7 +13,7 @@ import yaml
 from tests.cluster.slurm import LocalSlurm
 from tests.distributed.test_training import ROOT
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1500)]
 PAGE = ROOT / "docs" / "slurm.md"
 CPU = "--processes-per-node 1 --accelerate-config launch/accelerate/cpu.yaml data.set=data/skincap"
 
@@ -87,5 +87,5 @@ def test_every_command_works(reader: Reader) -> None:
             assert re.search(r"^submitted +finished", said, re.MULTILINE)
     assert (reader.folder / "data" / "packed-by-a-job" / "manifest.json").exists()
     words = " ".join(typed)
-    for verb in ("sbatch", "launch/submit.py", "launch/sweep.py", "clipdist doctor", "clipdist logs", "clipdist stop"):
+    for verb in ("sbatch", "launch/submit.py", "clipdist doctor", "clipdist logs", "clipdist stop"):
         assert verb in words, f"the page no longer shows {verb}"

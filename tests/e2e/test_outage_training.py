@@ -75,7 +75,10 @@ def at_steps(monkeypatch: pytest.MonkeyPatch, events: dict[int, Callable[[], Non
 
     def step(self: trainer.Trainer, batch: Any) -> dict[str, float]:
         values = real(self, batch)
-        events.get(self.progress.step, lambda: None)()
+        if event := events.get(self.progress.step):
+            assert self.saver is not None
+            self.saver.wait()  # whether the one before had been written by now would be chance
+            event()
         return values
 
     monkeypatch.setattr(trainer.Trainer, "step", step)
@@ -85,7 +88,7 @@ def at_steps(monkeypatch: pytest.MonkeyPatch, events: dict[int, Callable[[], Non
 def undisturbed(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    assert train(load_config(write_recipe(folder, shapes, **CHANGES), [])) == 0
+    assert train(load_config(write_recipe(folder, shapes, **CHANGES), ["checkpoint.every_steps=1"])) == 0
     for number, handler in before.items():
         signal.signal(number, handler)
     return folder / "runs" / "tiny"
@@ -151,10 +154,20 @@ def test_some_steps_on_a_bad_disk_change_nothing(
     """From step 5 to step 16: two validations, each of a better model, and several checkpoints are refused."""
     path = recipe(**CHANGES, checkpoint__in_background=in_background)
     begin, end = (disk.fill, disk.empty) if how == "full" else (disk.take_away, disk.bring_back)
-    at_steps(monkeypatch, {5: begin, 16: end})
+    models: list[dict[str, Any]] = []
+
+    def look() -> None:
+        about = json.loads((disk.run / "model" / "model.json").read_text())["about"]
+        models.append({"step": about["step"], **load(disk.run / "model").model.state_dict()})
+
+    at_steps(monkeypatch, {5: begin, 16: end, 19: look})
     with caplog.at_level(logging.INFO, "clipdist"):
         assert train(load_config(path, [])) == 0
     assert_equal(disk.run, undisturbed)
+    (model,) = models
+    assert model["step"] in (7, 14), "it is that of a validation, written some steps later"
+    then = read_checkpoint(undisturbed / "checkpoints" / f"step-{model['step']:08d}").weights
+    assert all(torch.equal(model[name], value) for name, value in then.items())
     kept = sorted(int(path.name[5:]) for path in (disk.run / "checkpoints").glob("step-*"))
     assert [step for step in kept if step <= 4] == [2, 4]
     assert not [step for step in kept if 5 <= step < 16]

@@ -212,7 +212,6 @@ def test_a_good_recipe_and_machine(recipe: Recipe, capsys: pytest.CaptureFixture
     [
         ("train.epochs=3", 5, "train.global_batch=24 does not divide by 5 processes"),
         ("train.processes=2", 3, "train.processes=2, but 3 are to be launched"),
-        ("train.micro_batch=5", 2, "does not divide into 2 processes"),
         ("train.precision=fp16", 1, "train.precision=fp16 needs a GPU"),
     ],
 )

@@ -113,9 +113,9 @@ def decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str
     attempts = iter(range(100))
 
     def verdict(
-        ends: dict[str, int], *, slurm: bool = True, free: int = 9, culprit: str = "n2", asked: tuple[int, ...] = ()
+        ends: dict[str, int], *, slurm: bool = True, free: int = 9, culprit: str = "n2", asked: float | None = None
     ) -> str:
-        monkeypatch.setattr(job, "PAUSE_SECONDS", 0.0 if not asked else 5.0)
+        monkeypatch.setattr(job, "PAUSE_SECONDS", 30.0 if asked else 0.0)
         monkeypatch.setattr(scheduler, "others", lambda number, without: free)
         attempt = next(attempts)
         met = [Meeting(tmp_path / "shared", allocation(number, slurm=slurm), attempt) for number in range(3)]
@@ -126,7 +126,10 @@ def decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str
         if 1 in ends.values():
             met[0].fail("a rank died", culprit)
         training = Training([], tmp_path / "run", 2, Path("gpu.yaml"), tmp_path / "shared", Limits(crashes=3))
-        return job._decide(training, met[0], ends["n1"], list(asked))
+        signal = threading.Event()
+        if asked is not None:
+            threading.Timer(asked, signal.set).start() if asked else signal.set()
+        return job._decide(training, met[0], ends["n1"], signal)
 
     return verdict
 
@@ -168,7 +171,13 @@ def test_crashes_that_get_nowhere_end_the_job(decide: Callable[..., str], tmp_pa
 
 
 def test_asked_to_stop_while_it_pauses(decide: Callable[..., str]) -> None:
-    assert decide(all_end(1), asked=(10,)) == "requeue"
+    assert decide(all_end(1), asked=0.2) == "requeue"
+
+
+def test_a_crash_after_it_was_asked_to_stop(decide: Callable[..., str]) -> None:
+    """Near the time limit, say: a new start would be cut off, and not be queued again."""
+    assert decide(all_end(1), asked=0.0) == "requeue"
+    assert decide(all_end(1), asked=0.0, slurm=False) == "1"
 
 
 def test_a_stop_for_good(decide: Callable[..., str], tmp_path: Path) -> None:

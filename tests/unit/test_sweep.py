@@ -259,7 +259,7 @@ def test_every_combination_is_checked_before_anything_is_queued(
 ) -> None:
     planned = plan(recipe(), [*words, "seed=1,2"], "x")
     with pytest.raises(UserError, match=said):
-        prepare(planned, states(planned, resumed(planned, 0, 0), slurm=False), resources("--processes-per-node", "2"))
+        prepare(planned, states(planned, resumed(planned, 0, 0)), resources("--processes-per-node", "2"))
     assert not planned.folder.exists()
 
 
@@ -295,7 +295,7 @@ def test_the_same_command_sends_what_is_left(
     record = resumed(more, 0, 0)
     assert record.jobs[queued] == "7_3"
     monkeypatch.setattr(scheduler, "queue", lambda: {"7_3": "PENDING", "8": "RUNNING"})
-    found = states(more, record, slurm=True)
+    found = states(more, record, sending=True)
     *_, added = more.configs
     told = {unfinished: "goes on", stopped: "stopped", queued: "in the queue", new: "new", added: "new"}
     assert found == {finished: "finished", **told}
@@ -303,7 +303,8 @@ def test_the_same_command_sends_what_is_left(
 
     monkeypatch.setattr(scheduler, "queue", lambda: None)
     with pytest.raises(UserError, match="squeue does not answer"):
-        states(more, record, slurm=True)
+        states(more, record, sending=True)
+    assert states(more, record)[queued] == "new", "for a dry run, where there is no SLURM"
 
 
 def test_fewer_values_take_no_run_away(recipe: Callable[..., Path]) -> None:
@@ -349,7 +350,7 @@ def test_a_run_of_that_name_is_left_alone(recipe: Callable[..., Path]) -> None:
 
 def test_more_jobs_than_an_array_can_have(recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     planned = plan(recipe(), [RATES], "rates")
-    found = states(planned, resumed(planned, 0, 0), slurm=False)
+    found = states(planned, resumed(planned, 0, 0))
     monkeypatch.setattr(scheduler, "largest_array", lambda: 2)
     with pytest.raises(UserError, match=r"3 runs to send, and an array has at most 2 jobs here \(MaxArraySize\)"):
         prepare(planned, found, resources())
@@ -359,7 +360,7 @@ def test_more_jobs_than_an_array_can_have(recipe: Callable[..., Path], monkeypat
 def test_each_job_trains_by_a_file_of_its_own(recipe: Callable[..., Path]) -> None:
     planned = plan(recipe(), [RATES], "rates")
     record = resumed(planned, 0, 0)
-    jobs = write(planned, record, prepare(planned, states(planned, record, slurm=False), resources()))
+    jobs = write(planned, record, prepare(planned, states(planned, record), resources()))
     for name, job in jobs.items():
         (written,) = job.training.words
         assert yaml.safe_load(Path(written).read_text())["optim"]["lr"] == planned.values[name]["optim.lr"]
@@ -486,7 +487,6 @@ def test_the_queue_tells_more_of_runs_that_wait(
     record.jobs = {name: f"9_{place}" for place, name in enumerate(planned.configs)}
     write_record(planned.folder, record)
     monkeypatch.setattr(scheduler, "queue", lambda: queue)
-    monkeypatch.setattr(scheduler, "available", lambda: True)
     assert [row.state for row in read_results(planned.folder).rows] == expected
 
 
@@ -647,11 +647,13 @@ def test_one_that_fails_does_not_keep_the_others_from_running(
     planned = plan(recipe(), [RATES], "rates")
     record = resumed(planned, 0, 0)
     args = resources("--cluster", "local")
-    jobs = prepare(planned, states(planned, record, slurm=False), args)
+    jobs = prepare(planned, states(planned, record), args)
     names = list(jobs)
     ends = {names[0]: 1, names[1]: 75, names[2]: 0}
-    monkeypatch.setattr(sweep.submit, "run_here", lambda job, _: ends[job.training.run.name])
-    assert list(run_here(jobs, sweep.submit.resources_of(args))) == [(names[0], 1), (names[1], 75)], "75: asked to stop"
+    monkeypatch.setattr(sweep.submit, "run_here", lambda job, *_: ends[job.training.run.name])
+    assert list(run_here(jobs, sweep.submit.resources_of(args), print)) == [(names[0], 1), (names[1], 75)], (
+        "75: asked to stop"
+    )
 
 
 @pytest.mark.slow

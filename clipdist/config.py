@@ -155,7 +155,23 @@ def validate(tree: dict[str, Any], where: dict[str, str], source: str) -> RunCon
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved tree; `load_config` on it gives the same tree."""
-    return yaml.dump(_plain(asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dump(plain(config))
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """The resolved tree as what JSON can hold; `validate` makes the same configuration of it."""
+    tree: dict[str, Any] = _plain(asdict(config))
+    return tree
+
+
+def dump(value: Any) -> str:
+    """Plain values as YAML that `read_yaml` reads as the same."""
+    return yaml.dump(_plain(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises `UserError` for what holds none."""
+    return _read_recipe(path)[0]
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

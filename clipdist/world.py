@@ -102,6 +102,7 @@ class Allocation:
     """What SLURM gave to the job that this process is a task of."""
 
     job: str
+    """SLURM's number; of one job of an array, array_index."""
     restarts: int
     """How often SLURM has requeued it."""
     nodes: tuple[str, ...]
@@ -125,7 +126,7 @@ class Allocation:
 
 def allocation() -> Allocation | None:
     """By SLURM's environment and `scontrol`; None outside of a job."""
-    job = os.environ.get("SLURM_JOB_ID")
+    job = _job()
     if job is None:
         return None
     # A step may have fewer nodes than its job, and the node's number counts them.
@@ -141,8 +142,15 @@ def allocation() -> Allocation | None:
 
 def slurm_job() -> dict[str, str]:
     """The job and how often it was requeued, for the run's notes; empty outside of a job."""
-    job = os.environ.get("SLURM_JOB_ID")
+    job = _job()
     return {} if job is None else {"job": job, "requeued": os.environ.get("SLURM_RESTART_COUNT", "0")}
+
+
+def _job() -> str | None:
+    """SLURM's number of the job around this process. One job of an array has the array's own number, and by that SLURM
+    would signal and requeue all of them; so each is called by its place in the array."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
 
 
 def exit_codes() -> Path | None:

@@ -68,7 +68,7 @@ def read_run(folder: Path) -> RunState:
     records, _ = read_metrics(metrics) if metrics.exists() else ([], 0)
     for record in records:
         training = record if "train/loss" in record else training
-    state = _newest_state(folder)
+    state = newest_state(folder)
     environment = folder / "environment.json"
     starts = json.loads(environment.read_text(encoding="utf-8"))["starts"] if environment.exists() else []
     job = str(starts[-1].get("job", "")) if starts else ""
@@ -98,7 +98,8 @@ def read_run(folder: Path) -> RunState:
     )
 
 
-def _newest_state(folder: Path) -> dict[str, Any]:
+def newest_state(folder: Path) -> dict[str, Any]:
+    """What the newest checkpoint of a run says about it; empty without one."""
     try:
         latest = (folder / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
         state: dict[str, Any] = json.loads((folder / "checkpoints" / latest / "state.json").read_text(encoding="utf-8"))

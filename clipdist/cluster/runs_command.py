@@ -1,6 +1,7 @@
 """Lists runs: state, step, loss, speed, the last sign of life, how often they were started."""
 
 import argparse
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 HEADINGS = ("run", "state", "step", "loss", "best", "pairs/s", "last sign", "starts", "lost steps", "job")
@@ -20,12 +21,18 @@ def run(args: argparse.Namespace) -> int:
         rows.append(
             (run.name, run.state, f"{run.step:,}", *numbers, since, str(run.starts), str(run.lost_steps), run.job)
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-    for row in rows:
-        # Names and states to the left, numbers to the right.
-        cells = [word.ljust(w) if n < 2 else word.rjust(w) for n, (word, w) in enumerate(zip(row, widths, strict=True))]
-        print("  ".join(cells).rstrip())
+    print(aligned(rows, left=(0, 1)))
     return 0
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int]) -> str:
+    """A table in columns; those of `left` begin on one line, the others, numbers, end on one."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        pairs = enumerate(zip(row, widths, strict=True))
+        lines.append("  ".join(word.ljust(w) if n in left else word.rjust(w) for n, (word, w) in pairs).rstrip())
+    return "\n".join(lines)
 
 
 def number(value: float | None, form: str) -> str:

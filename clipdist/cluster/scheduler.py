@@ -1,5 +1,6 @@
-"""What we ask of SLURM about jobs and nodes, through `scontrol`, `sinfo` and `scancel`; no accounting is needed."""
+"""What we ask of SLURM about jobs and nodes, through `scontrol`, `squeue` and the like; no accounting is needed."""
 
+import os
 import re
 import signal
 import subprocess
@@ -99,3 +100,18 @@ def others(number: str, without: str) -> int:
         name for name, state in pairs if state.strip("*~#$@+") in ("idle", "alloc", "mix", "comp", "resv", "plnd")
     }
     return len(usable - excluded - {without})
+
+
+def queue() -> dict[str, str] | None:
+    """Our jobs that wait or run, those of an array as array_index -> PENDING, RUNNING, …; None where SLURM does not
+    answer."""
+    done = ask("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i %T")
+    if done.returncode:
+        return None
+    return dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+
+
+def largest_array() -> int:
+    """How many jobs an array can have here; SLURM's default where it does not answer."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config").stdout, re.MULTILINE)
+    return int(found[1]) if found else 1001

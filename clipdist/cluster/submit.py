@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import submitit
 import yaml
@@ -91,12 +91,16 @@ class Submitted:
         return DelayedSubmission(self)
 
 
-# Says nothing of the run, so that it serves each job of an array. A task that was killed itself has decided nothing.
+S = TypeVar("S", bound=Submitted)
+
+# Says nothing of the run, so that it serves each job of an array, of which one has the number of them all. A task that
+# was killed itself has decided nothing.
 TEARDOWN = """code=$?
+job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
 case $code in
     0 | 1 | 2) ;;
     75) sleep 60 ;; # back in the queue: until SLURM ends this script
-    *) [ "${{SLURM_RESTART_COUNT:-0}}" -lt {crashes} ] && scontrol requeue "$SLURM_JOB_ID" && sleep 60 ;;
+    *) [ "${{SLURM_RESTART_COUNT:-0}}" -lt {crashes} ] && scontrol requeue "${{job:-$SLURM_JOB_ID}}" && sleep 60 ;;
 esac
 exit $code"""
 
@@ -269,11 +273,15 @@ def _check_run(config: "RunConfig") -> None:
         )
 
 
-def sbatch_text(job: Submitted, name: str, resources: Resources) -> str:
-    """What sbatch gets, comment lines and all; needs no SLURM here."""
-    folder = (job.training.run / LOGS).absolute()
+def sbatch_text(
+    job: Submitted, name: str, resources: Resources, folder: Path | None = None, jobs: int = 1, at_once: int = 0
+) -> str:
+    """What sbatch gets, comment lines and all; needs no SLURM here. `folder`, `jobs` and `at_once` as `send_array` has
+    them; by default the run's own, and a single job."""
+    folder = (folder or job.training.run / LOGS).absolute()
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    return _make_sbatch_string(command=command, folder=folder, **_parameters(job, name, resources))
+    array: dict[str, Any] = {"map_count": jobs, "array_parallelism": at_once or jobs} if jobs > 1 else {}
+    return _make_sbatch_string(command=command, folder=folder, **_parameters(job, name, resources), **array)
 
 
 def _parameters(job: Submitted, name: str, resources: Resources) -> dict[str, Any]:
@@ -301,7 +309,7 @@ def _parameters(job: Submitted, name: str, resources: Resources) -> dict[str, An
     return {key: value for key, value in options.items() if value is not None}
 
 
-def write_submitted(config: "RunConfig", job: Submitted) -> Submitted:
+def write_submitted(config: "RunConfig", job: S) -> S:
     """Writes the resolved configuration into the run's folder; the job trains by that file, and by nothing else, so
     that no later change of a recipe reaches a job that waits in the queue."""
     from clipdist.config import to_yaml
@@ -316,18 +324,29 @@ def write_submitted(config: "RunConfig", job: Submitted) -> Submitted:
 
 
 def send(job: Submitted, name: str, resources: Resources) -> tuple[str, Path]:
-    """Puts one job into the queue; its number and the file that its output goes to. Raises `UserError` with SLURM's
-    words when it is refused, or would wait forever: then it is taken out again."""
-    executor = _executor(job.training.run / LOGS)
-    if refusal := scheduler.test(sbatch_text(job, name, resources)):
+    """Puts one job into the queue; its number and the file that its output goes to. Raises as `send_array` does."""
+    (sent,) = send_array([job], name, resources, job.training.run / LOGS)
+    return sent
+
+
+def send_array(
+    jobs: Sequence[Submitted], name: str, resources: Resources, folder: Path, at_once: int = 0
+) -> list[tuple[str, Path]]:
+    """Puts all of these jobs into the queue as one array, or one alone as a plain job; for each its number,
+    array_index, and the file that its output goes to, which is in `folder`. At most `at_once` of them run at a time; 0:
+    as many as there is room for. Raises `UserError` with SLURM's words when they are refused, or would wait forever:
+    then they are taken out again."""
+    executor = _executor(folder)
+    if refusal := scheduler.test(sbatch_text(jobs[0], name, resources, folder, len(jobs), at_once)):
         raise UserError(f"SLURM refuses the job: {refusal}")
-    executor.update_parameters(**_parameters(job, name, resources))
-    with _refused():
-        sent: submitit.Job[int] = executor.submit(job)
-    if reason := scheduler.hopeless(sent.job_id):
-        scheduler.cancel(sent.job_id)
+    executor.update_parameters(array_parallelism=at_once or len(jobs), **_parameters(jobs[0], name, resources))
+    with _refused(), executor.batch():
+        sent: list[submitit.Job[int]] = [executor.submit(job) for job in jobs]
+    number = sent[0].job_id
+    if reason := scheduler.hopeless(number):
+        scheduler.cancel(number.split("_")[0])
         raise UserError(f"SLURM would never start the job, so it is not in the queue: {reason}")
-    return sent.job_id, sent.paths.stdout
+    return [(job.job_id, job.paths.stdout) for job in sent]
 
 
 def _executor(folder: Path) -> SlurmExecutor:

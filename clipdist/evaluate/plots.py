@@ -119,9 +119,9 @@ def throughput(records: Records, *, form: Form = "svg") -> bytes | None:
     lower.yaxis.set_major_locator(MaxNLocator(2))
     upper.yaxis.set_major_locator(MaxNLocator(4))
     upper.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    _style(upper, "samples/s", "")
-    _style(lower, "wait", "step")
-    return _render(figure, form)
+    style(upper, "samples/s", "")
+    style(lower, "wait", "step")
+    return render(figure, form)
 
 
 def cosine_histogram(scores: Mapping[str, Any], *, form: Form = "svg") -> bytes | None:
@@ -269,7 +269,8 @@ def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
     return *means, np.minimum.reduceat(values, cuts), np.maximum.reduceat(values, cuts)  # type: ignore[return-value]
 
 
-def _style(axes: Axes, y: str, x: str) -> None:
+def style(axes: Axes, y: str, x: str) -> None:
+    """What all figures have in common: a grid, no frame, muted labels."""
     axes.set_facecolor("none")
     axes.grid(axis="y", color=GRID, linewidth=0.9)
     axes.set_axisbelow(True)
@@ -286,7 +287,7 @@ def _style(axes: Axes, y: str, x: str) -> None:
 
 
 def _finish(figure: Figure, axes: Axes, form: Form, y: str, *, x: str = "", legend: bool = True) -> bytes:
-    _style(axes, y, x)
+    style(axes, y, x)
     if legend:
         handles = axes.get_legend_handles_labels()[0]
         axes.legend(
@@ -299,10 +300,11 @@ def _finish(figure: Figure, axes: Axes, form: Form, y: str, *, x: str = "", lege
             handlelength=1.6,
             columnspacing=1.4,
         )
-    return _render(figure, form)
+    return render(figure, form)
 
 
-def _render(figure: Figure, form: Form) -> bytes:
+def render(figure: Figure, form: Form) -> bytes:
+    """An SVG with a transparent ground, or a PNG with a white one."""
     file = io.BytesIO()
     if form == "png":
         figure.savefig(file, format="png", dpi=160, facecolor="white")

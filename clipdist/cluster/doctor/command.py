@@ -151,7 +151,7 @@ def _links_of_node(
 
     lacking = Finding("links", "error", "not measured, since not all nodes have answered; see the line on nodes")
     if allocation.node == 0:
-        port = free_port(int(allocation.job) + int(allocation.step)) if complete else 0
+        port = free_port(allocation.number + int(allocation.step)) if complete else 0
         exchange.say(folder, LINKS_FILE, {"port": port})
     else:
         port = (exchange.wait_for(folder, LINKS_FILE, args.wait_seconds + SLACK_SECONDS) or {"port": 0})["port"]

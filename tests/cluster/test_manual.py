@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,7 +46,12 @@ class Reader:
             shlex.split(line), capture_output=True, text=True, timeout=300, cwd=self.folder, env=self.environment
         )
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-        if told := re.search(r"(?:Submitted batch job|^job) (\d+)", done.stdout):
+        if "launch/sweep.py" in line:
+            end = time.monotonic() + 600
+            while self.slurm.run("squeue", "--noheader"):
+                assert time.monotonic() < end, self.slurm.logs()
+                time.sleep(0.5)
+        elif told := re.search(r"(?:Submitted batch job|^job) (\d+)", done.stdout):
             self.slurm.wait(told[1], seconds=400)
         return done.stdout
 
@@ -72,6 +78,8 @@ def test_every_command_works(reader: Reader) -> None:
             continue  # it stays until Ctrl-C; tests/unit/test_board.py opens it
         if line.startswith("python launch/submit.py") and "--dry-run" not in line:
             line += f" {CPU} name=submitted --no-preflight"
+        if line.startswith("python launch/sweep.py") and "--show" not in line:
+            line += f" {CPU} --no-preflight"
         if "slurm/pack.sh" in line:
             line = line.replace("--out data/skincap", "--out data/packed-by-a-job")
         said = reader.type(line)
@@ -87,5 +95,5 @@ def test_every_command_works(reader: Reader) -> None:
             assert re.search(r"^submitted +finished", said, re.MULTILINE)
     assert (reader.folder / "data" / "packed-by-a-job" / "manifest.json").exists()
     words = " ".join(typed)
-    for verb in ("sbatch", "launch/submit.py", "clipdist doctor", "clipdist logs", "clipdist stop"):
+    for verb in ("sbatch", "launch/submit.py", "launch/sweep.py", "clipdist doctor", "clipdist logs", "clipdist stop"):
         assert verb in words, f"the page no longer shows {verb}"

@@ -57,7 +57,7 @@ def test_a_rank_is_killed(start: Callable[..., Job], undisturbed: Path) -> None:
     os.kill(job.ranks()[3].pid, signal.SIGKILL)
     found = job.finish()
     assert found["Restarts"] == "0"
-    assert "start 1 in this allocation" in job.said()
+    assert "start 1 in this allocation" in job.said(whole=True)
     assert_the_same(job.run, undisturbed)
 
 
@@ -237,7 +237,7 @@ def test_a_wrong_recipe_is_not_tried_again(start: Callable[..., Job]) -> None:
     job = start(words=["train.epochz=3"])
     found = job.slurm.wait(job.number, ("FAILED",))
     assert (found["ExitCode"], found["Restarts"]) == ("2:0", "0")
-    assert "unknown key train.epochz; did you mean epochs?" in job.said()
+    assert "unknown key train.epochz; did you mean epochs?" in job.said(whole=True)
 
 
 def test_an_end_for_good(start: Callable[..., Job]) -> None:
@@ -247,7 +247,7 @@ def test_an_end_for_good(start: Callable[..., Job]) -> None:
     (job.run / "stop").touch()
     job.slurm.run("scancel", "--signal=USR1", job.number, check=True)
     assert job.finish()["Restarts"] == "0"
-    assert "stopped for good" in job.said()
+    assert "stopped for good" in job.said(whole=True)
     assert (job.run / "checkpoints" / "latest").exists()
 
 

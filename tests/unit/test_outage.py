@@ -295,7 +295,7 @@ def test_a_checkpoint_that_is_refused_is_saved_later(
             assert saver.wants(False), "after the pause, whether one is due or not"
         given_up = saver.given_up()
         assert isinstance(given_up, DiskError)
-        assert str(given_up).endswith("(tried for 10 min; the last complete checkpoint is of step 1)")
+        assert str(given_up).endswith("(tried for 4 min; the last complete checkpoint is of step 1)")
         if how == "full":
             (disk / "ballast").unlink()
         else:

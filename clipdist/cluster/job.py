@@ -158,7 +158,7 @@ def _decide(training: Training, meeting: Meeting, first: int, asked: threading.E
             f"{told}; {len(crashes)} times in a row without a new checkpoint: giving up; see above, and {training.run}"
         )
         return str(CRASHED)
-    lost = len(ends) < len(allocation.nodes) or not _came(meeting)
+    lost = len(ends) < len(allocation.nodes) or bool(meeting.missing(0))
     if allocation.slurm and (lost or sum(past.host == blamed.host for past in crashes) >= BLAMED_TWICE):
         enough = scheduler.others(allocation.job, blamed.host) >= len(allocation.nodes)
         if enough and blamed.host:
@@ -182,10 +182,6 @@ def _decide(training: Training, meeting: Meeting, first: int, asked: threading.E
 def in_a_row(crashes: Sequence[Crash]) -> list[Crash]:
     """The latest crashes between which no checkpoint was made: those that got nowhere."""
     return [crash for crash in crashes if crash.checkpoint == crashes[-1].checkpoint]
-
-
-def _came(meeting: Meeting) -> bool:
-    return not meeting.missing(0)
 
 
 def _newest(run: Path) -> str:

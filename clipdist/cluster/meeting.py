@@ -59,14 +59,10 @@ class Meeting:
         self.job = shared / allocation.job
         self.folder = self.job / f"start-{allocation.restarts}-{attempt}"
         self.attempt = attempt
-        end = time.monotonic() + OUTAGE_SECONDS
-        while not self.folder.is_dir():
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                if time.monotonic() > end:
-                    raise UserError(f"{shared}: cannot be written ({error.strerror}); see --shared") from error
-                time.sleep(1)
+        try:
+            _persist(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        except OSError as error:
+            raise UserError(f"{shared}: cannot be written ({error.strerror}); see --shared") from error
 
     @property
     def host(self) -> str:
@@ -169,11 +165,15 @@ def this_machine(gpus: int) -> Allocation:
 
 
 def _put(path: Path, text: str) -> None:
+    _persist(lambda: write_atomically(path, text.encode()))
+
+
+def _persist(action: Callable[[], None]) -> None:
     """Tries for a while: a shared file system that is away for a minute must not end the job."""
     end = time.monotonic() + OUTAGE_SECONDS
     while True:
         try:
-            return write_atomically(path, text.encode())
+            return action()
         except OSError:
             if time.monotonic() > end:
                 raise

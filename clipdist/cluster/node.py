@@ -119,13 +119,11 @@ class Node:
                 for rank in ranks:
                     _send(rank, number)
             self._give_sign(codes)
-            if self._failed or (why := _fault(ranks, codes)) is not None:
-                if not self._failed:
-                    assert why is not None
-                    self._fail(why)
-                failing_since = failing_since or time.monotonic()
-            elif self.meeting.failure() is not None:
-                failing_since = failing_since or time.monotonic()
+            why = None if self._failed else _fault(ranks, codes)
+            if why is not None:
+                self._fail(why)
+            if failing_since is None and (self._failed or why is not None or self.meeting.failure() is not None):
+                failing_since = time.monotonic()
             if failing_since is not None and time.monotonic() - failing_since > GRACE_SECONDS:
                 self._note_stuck(ranks)
                 for rank in ranks:

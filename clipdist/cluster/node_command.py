@@ -13,14 +13,23 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument(
-        "--processes-per-node", type=int, default=0, metavar="N", help="default: one for each GPU that the job has here"
-    )
-    parser.add_argument("--accelerate-config", type=Path, default=Path("launch/accelerate/gpu.yaml"), metavar="FILE")
     parser.add_argument("--run", type=Path, metavar="DIR", help="the run's folder, where that is known: starts sooner")
     parser.add_argument(
         "--shared", type=Path, metavar="DIR", help="folder that all nodes see (default: .jobs beside the run)"
     )
+    add_running_arguments(parser)
+
+
+def add_running_arguments(parser: argparse._ActionsContainer) -> None:
+    """How a job runs on the nodes that it has: the same words for whoever submits one."""
+    parser.add_argument(
+        "--processes-per-node",
+        type=int,
+        default=0,
+        metavar="N",
+        help="default: one for each GPU of the job there",
+    )
+    parser.add_argument("--accelerate-config", type=Path, default=Path("launch/accelerate/gpu.yaml"), metavar="FILE")
     parser.add_argument(
         "--max-crashes", type=int, default=10, metavar="N", help="so many in a row without a new checkpoint (10)"
     )

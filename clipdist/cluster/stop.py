@@ -5,16 +5,16 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 from pathlib import Path
 
+from clipdist.cluster import scheduler
 from clipdist.train.run_folder import LOCK
 
 
 def ask(run: Path, job: str) -> str:
     """What was done, in words. `job` is SLURM's number, empty without one."""
     if job and shutil.which("scancel"):
-        done = subprocess.run(["scancel", "--signal=USR1", job], capture_output=True, text=True, timeout=60)
+        done = scheduler.ask("scancel", "--signal=USR1", job)
         if done.returncode == 0:
             return f"asked job {job} to save and end"
         return f"job {job} cannot be asked ({done.stderr.strip()}); it will not go back into the queue"

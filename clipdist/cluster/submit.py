@@ -19,11 +19,12 @@ from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from clipdist import world
 from clipdist.cluster import scheduler
+from clipdist.cluster.doctor.recipe import check_data
 from clipdist.cluster.job import FINISHED, STOPPED, Limits, Training, log_to_output, run_job
 from clipdist.cluster.meeting import this_machine
+from clipdist.cluster.node_command import add_running_arguments
 from clipdist.cluster.runs import JOBS, STOP
-from clipdist.data.mixing import Mixture
-from clipdist.data.shards import ShardSet, write_atomically
+from clipdist.data.shards import write_atomically
 from clipdist.errors import UserError, disk_errors
 from clipdist.train.config import check
 
@@ -127,20 +128,7 @@ def add_resource_arguments(parser: argparse.ArgumentParser) -> None:
         "--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other option, such as mail-type=END"
     )
     group = parser.add_argument_group("how to run")
-    group.add_argument("--processes-per-node", type=int, default=0, metavar="N", help="default: the node's GPUs")
-    group.add_argument("--accelerate-config", type=Path, default=Path("launch/accelerate/gpu.yaml"), metavar="FILE")
-    group.add_argument(
-        "--max-crashes", type=int, default=10, metavar="N", help="so many in a row without a new checkpoint (10)"
-    )
-    group.add_argument(
-        "--preflight",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="clipdist doctor looks at the nodes before the job's first start, and an error ends the job with code 2",
-    )
-    group.add_argument(
-        "--rendezvous-seconds", type=float, default=300.0, metavar="S", help="how long nodes wait for each other (300)"
-    )
+    add_running_arguments(group)
     group.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="local: on this machine, at once")
     group.add_argument("--dry-run", action="store_true", help="print what sbatch would get, and stop")
 
@@ -206,7 +194,7 @@ def prepare(config: "RunConfig", args: argparse.Namespace, evaluate: bool = True
         raise UserError(
             f"train.processes={config.train.processes}, but {args.nodes} × {processes} would run; change one of them"
         )
-    _check_data(config)
+    check_data(config)  # tars without an index are a warning there: the job makes one
     _check_run(config)
     training = Training(
         words=[],
@@ -230,31 +218,6 @@ def _check_accelerate_config(path: Path) -> None:
         raise UserError(f"--accelerate-config {path}: cannot be read ({error})") from None
     if not isinstance(body, dict) or "distributed_type" not in body:
         raise UserError(f"--accelerate-config {path}: no configuration of accelerate; see launch/accelerate")
-
-
-def _check_data(config: "RunConfig") -> None:
-    """That every set is there and has the splits. Tars without an index are taken as they are: the job makes one."""
-    indexed = True
-
-    def opened(location: str, **options: Any) -> ShardSet:
-        nonlocal indexed
-        try:
-            return ShardSet.open(location, **options)
-        except UserError:
-            if "://" in location or not any(Path(location).glob("**/*.tar*")):
-                raise
-            indexed = False
-            return ShardSet.open(location, **options)
-
-    try:
-        data = Mixture.open(config.data, opened)
-    except UserError:
-        if indexed:
-            raise
-        return
-    data.training(config.data.train_split)
-    if config.data.val_split:
-        data.validation(config.data.val_split)
 
 
 def _check_run(config: "RunConfig") -> None:

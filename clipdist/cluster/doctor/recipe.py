@@ -3,9 +3,7 @@
 These functions read files that may lie on a dead file system: the doctor calls them in a child process.
 """
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,30 +41,9 @@ def check_recipe(config: "RunConfig", ranks: int) -> Finding:
             f"train.processes={config.train.processes}, but {ranks} are to be launched; launch as many, or set "
             f"train.processes=0"
         )
-    with _announced(ranks):
-        check(config)
-    if config.train.global_batch % ranks:
-        raise UserError(
-            f"train.global_batch={config.train.global_batch} does not divide by {ranks} processes; choose a multiple "
-            f"of {ranks}, or another number of processes"
-        )
+    check(config, processes=ranks)
     rows = config.train.global_batch // ranks
     return Finding("recipe", "ok", f"{config.name}: {config.train.global_batch:,} pairs a step, {rows:,} a process")
-
-
-@contextmanager
-def _announced(ranks: int) -> Iterator[None]:
-    """As a launcher would have said it."""
-    before = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
-    os.environ.update(RANK="0", WORLD_SIZE=str(ranks))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def model_size(config: "ModelConfig") -> ModelSize:

@@ -77,7 +77,8 @@ class Meeting:
         lacking = list(self.allocation.nodes)
 
         def all_there() -> bool:
-            lacking[:] = [host for host in lacking if not (self.folder / f"here-{host}").exists()]
+            there = names(self.folder)
+            lacking[:] = [host for host in lacking if f"here-{host}" not in there]
             return not lacking
 
         _wait(lambda: all_there() or None, seconds)
@@ -180,7 +181,18 @@ def _persist(action: Callable[[], None]) -> None:
             time.sleep(1)
 
 
+def names(folder: Path) -> set[str]:
+    """Of the files in it; of none where it is away. Whoever waits for a file that another node writes lists its folder
+    instead of asking for the file: NFS remembers for a while that it was not there."""
+    try:
+        return set(os.listdir(folder))
+    except OSError:
+        return set()
+
+
 def _read(path: Path) -> str | None:
+    if path.name not in names(path.parent):
+        return None
     try:
         return path.read_text(encoding="utf-8")
     except OSError:  # not there yet, or not here: a shared file system that is away comes back, or a wait ends

@@ -8,6 +8,7 @@ from typing import Any
 
 from clipdist.cluster.meeting import last_beat
 from clipdist.errors import UserError
+from clipdist.train.records import METRICS, read_records
 
 STOP = "stop"
 """A file of this name in a run's folder: the next stop on request is for good, and no job goes back into the queue."""
@@ -60,13 +61,11 @@ def _runs_in(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("*/config.yaml"))
 
 
-def read_run(folder: Path) -> RunState:
-    from clipdist.evaluate.report import read_metrics  # brings matplotlib, for which a job's start need not wait
-
+def read_run(folder: Path, records: list[dict[str, Any]] | None = None) -> RunState:
+    """`records`: those of its metrics, where they have been read already."""
     training: dict[str, Any] = {}
-    metrics = folder / "metrics.jsonl"
-    records, _ = read_metrics(metrics) if metrics.exists() else ([], 0)
-    for record in records:
+    metrics = folder / METRICS
+    for record in read_records(metrics)[0] if records is None else records:
         training = record if "train/loss" in record else training
     state = newest_state(folder)
     environment = folder / "environment.json"

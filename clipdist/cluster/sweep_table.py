@@ -18,7 +18,7 @@ from clipdist.cluster.sweep_words import short, shown
 from clipdist.data.shards import write_atomically
 from clipdist.errors import disk_errors
 from clipdist.evaluate.plots import series
-from clipdist.evaluate.report import read_metrics
+from clipdist.train.records import METRICS, read_records
 from clipdist.train.validate import MONITORS
 
 CSV, JSON, PLOT = "sweep.csv", "sweep.json", "sweep.png"
@@ -91,13 +91,12 @@ def _row(
     folder: Path, name: str, values: dict[str, Any], record: Record, queue: dict[str, str] | None, monitor: str
 ) -> Row:
     run = folder / name
-    state = read_run(run)
+    records, _ = read_records(run / METRICS)
+    state = read_run(run, records)
     word = state.state
     if queue is not None and name in record.jobs and word not in ("finished", "stopping", "stopped"):
         found = queue.get(record.jobs[name])
         word = "ended" if found is None else "queued" if found == "PENDING" else word
-    metrics = run / "metrics.jsonl"
-    records = read_metrics(metrics)[0] if metrics.exists() else []
     steps, scores = series(records, monitor)
     best = gallery = None
     if len(steps):

@@ -26,6 +26,7 @@ import clipdist
 from clipdist.errors import UserError
 from clipdist.evaluate import plots
 from clipdist.evaluate.examples import CaptionExample, Example, thumbnail_uri
+from clipdist.train.records import BAD_SAMPLES, METRICS, read_records
 
 _DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 _LONGEST_LIST = 50
@@ -85,23 +86,6 @@ def write_report(
     return path
 
 
-def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a `metrics.jsonl` and the number of lines that are none, such as one torn by a crash."""
-    records, damaged = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        else:
-            damaged += 1
-    return records, damaged
-
-
 @dataclass
 class _Log:
     """What a run directory holds, and in words what it does not."""
@@ -125,8 +109,8 @@ class _Log:
 
 def _read(run: Path) -> _Log:
     log = _Log(run)
-    if (path := run / "metrics.jsonl").exists():
-        log.records, damaged = read_metrics(path)
+    if (path := run / METRICS).exists():
+        log.records, damaged = read_records(path)
         if damaged:
             log.missing.append(f"metrics.jsonl: {damaged} damaged lines were left out")
     if not log.records:
@@ -152,8 +136,8 @@ def _read(run: Path) -> _Log:
             log.other_evaluations.append((path.stem, body))
     if not log.evaluations:
         log.missing.append("evaluation/: no retrieval scores, so there is no interval beside those of validation")
-    if (path := run / "bad_samples.jsonl").exists():
-        log.bad_samples, damaged = read_metrics(path)
+    if (path := run / BAD_SAMPLES).exists():
+        log.bad_samples, damaged = read_records(path)
         if damaged:
             log.missing.append(f"bad_samples.jsonl: {damaged} damaged lines were left out")
     return log

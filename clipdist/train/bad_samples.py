@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from clipdist import world
-from clipdist.data.shards import write_atomically
 from clipdist.errors import UserError, disk_errors
 from clipdist.train.outage import AppendedFile
-
-FILE = "bad_samples.jsonl"
+from clipdist.train.records import BAD_SAMPLES, keep_records
 
 
 class BadSamples:
@@ -19,11 +17,11 @@ class BadSamples:
     again, is removed. Every rank constructs it, rank 0 writes."""
 
     def __init__(self, run: Path, step: int) -> None:
-        self.path = run / FILE
+        self.path = run / BAD_SAMPLES
         self._file: AppendedFile | None = None
         if world.connected().is_main:
             with disk_errors(run):
-                _forget(self.path, step)
+                keep_records(self.path, lambda record: record["step"] < step)
             self._file = AppendedFile(self.path)
 
     def note(self, own: Sequence[Any], in_epoch: int, used: int, most: float, shard_set: Any) -> None:
@@ -48,12 +46,3 @@ class BadSamples:
         """Rank 0: as `AppendedFile.sync`."""
         if self._file:
             self._file.sync()
-
-
-def _forget(path: Path, step: int) -> None:
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        # A last line without its end was torn by a kill.
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] < step]
-        write_atomically(path, "".join(kept).encode())

@@ -13,10 +13,10 @@ import torch
 from pydantic import PositiveInt
 
 from clipdist import world
-from clipdist.data.shards import write_atomically
 from clipdist.errors import disk_errors
 from clipdist.settings import settings
 from clipdist.train.outage import AppendedFile
+from clipdist.train.records import METRICS, keep_records, read_records
 
 if TYPE_CHECKING:
     from clipdist.train.engine import Engine
@@ -86,10 +86,7 @@ def device_peak(device: torch.device, precision: str) -> float | None:
 
 def last_step(run: Path) -> int:
     """The last step that a run has logged; 0 before the first."""
-    from clipdist.evaluate.report import read_metrics
-
-    path = run / "metrics.jsonl"
-    records, _ = read_metrics(path) if path.exists() else ([], 0)
+    records, _ = read_records(run / METRICS)
     return max((int(record.get("step", 0)) for record in records), default=0)
 
 
@@ -101,11 +98,10 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, config: LogConfig, resumed_step: int) -> None:
-        path = folder / "metrics.jsonl"
+        path = folder / METRICS
         self._board: EventFile | None = None
         with disk_errors(folder):
-            if path.exists():
-                _forget_after(path, resumed_step)
+            keep_records(path, lambda record: record["step"] <= resumed_step)
             if config.tensorboard:
                 # Imported here: it takes a second, and only rank 0 needs it.
                 from clipdist.train import event_file
@@ -143,17 +139,6 @@ class MetricsWriter:
         self._lines.sync()
         if self._board:
             self._board.file.sync()
-
-
-def _forget_after(path: Path, step: int) -> None:
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue  # a line torn by a kill
-    write_atomically(path, "".join(kept).encode())
 
 
 def memory(device: torch.device, *, start_anew: bool = True) -> dict[str, float]:

@@ -18,8 +18,9 @@ from clipdist.errors import UserError
 from clipdist.evaluate import plots
 from clipdist.evaluate.examples import CaptionExample, draw_examples, thumbnail_uri
 from clipdist.evaluate.panels import retrieval_panel, thumbnail_panel
-from clipdist.evaluate.report import Example, read_metrics, write_report
+from clipdist.evaluate.report import Example, write_report
 from clipdist.evaluate.retrieval import RetrievalScores, retrieval_scores
+from clipdist.train.records import read_records
 
 GALLERY = 60
 LICENSE = "CC0-1.0 <made up>"
@@ -356,7 +357,7 @@ def test_metrics_of_a_resumed_run_count_each_step_once_and_skip_what_is_no_numbe
         '{"st',
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    records, damaged = read_metrics(tmp_path / "metrics.jsonl")
+    records, damaged = read_records(tmp_path / "metrics.jsonl")
     assert damaged == 2
     steps, values = plots.series(records, "a")
     assert (steps.tolist(), values.tolist()) == ([1, 2], [5, 3])

@@ -16,6 +16,7 @@ from typing import Any
 
 from clipdist.cluster.doctor.findings import Finding, NodeReport
 from clipdist.cluster.doctor.shared_folder import GRANTED, REFUSED, try_lock
+from clipdist.cluster.meeting import names
 from clipdist.data.shards import write_atomically
 from clipdist.errors import UserError, disk_errors
 from clipdist.world import Allocation
@@ -63,9 +64,8 @@ def collect(folder: Path, nodes: Sequence[str], own: NodeReport, seconds: float)
 
 
 def _arrived(folder: Path, nodes: int) -> set[int]:
-    # The folder is listed, not each file asked for: NFS remembers for a while that a file was not there.
-    names = {path.name for path in folder.iterdir()}
-    return {number for number in range(1, nodes) if _report(number) in names}
+    there = names(folder)
+    return {number for number in range(1, nodes) if _report(number) in there}
 
 
 def deliver(folder: Path, allocation: Allocation, own: NodeReport, seconds: float) -> None:
@@ -109,7 +109,7 @@ def wait_for(folder: Path, name: str, seconds: float) -> dict[str, Any] | None:
     """What another node has left under this name; None when it has not within `seconds`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if folder.is_dir() and name in {path.name for path in folder.iterdir()}:
+        if name in names(folder):
             found: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
             return found
         time.sleep(POLL_SECONDS)

@@ -714,6 +714,27 @@ def test_who_waited_for_a_removal_to_end_makes_the_cache_anew(tmp_path: Path) ->
     assert clean(tmp_path, [], 0) == [], "its lock is that of a file which is gone"
 
 
+def test_a_cleaner_that_comes_late_leaves_the_cache_that_was_made_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = some()
+    samples.open(tmp_path).close()
+    made: list[DecodedCache] = []
+    lock = fcntl.flock
+
+    def replaced_before(descriptor: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        shutil.rmtree(tmp_path / "set")
+        made.append(samples.open(tmp_path))
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", replaced_before)
+    assert clean(tmp_path, [], 0) == []
+    samples.put_all(made[0])
+    assert all(samples.sound(made[0]))
+    assert (tmp_path / "set" / IN_USE).exists()
+
+
 def open_and_clean(samples: Samples, folder: Path, seed: int) -> None:
     draw = random.Random(seed)
     for _ in range(60):

@@ -277,7 +277,7 @@ class _Files:
         try:
             self.lock = os.open(folder / IN_USE, os.O_RDWR)
             fcntl.flock(self.lock, fcntl.LOCK_SH)
-            if not _is_complete(folder, layout):
+            if not _is_there(self.lock, folder) or not _is_complete(folder, layout):
                 raise FileNotFoundError(errno.ENOENT, "it was removed or replaced")
             self.pixels = os.open(folder / PIXELS, os.O_RDWR)
             self.records = os.open(folder / RECORDS, os.O_RDWR)
@@ -381,13 +381,18 @@ def _hold(path: Path) -> int:
         except FileNotFoundError:
             continue  # `clean` was faster
         fcntl.flock(descriptor, fcntl.LOCK_SH)
-        try:
-            if os.path.samestat(os.fstat(descriptor), os.stat(path / IN_USE)):
-                os.utime(descriptor)
-                return descriptor
-        except FileNotFoundError:
-            pass
+        if _is_there(descriptor, path):
+            os.utime(descriptor)
+            return descriptor
         os.close(descriptor)
+
+
+def _is_there(lock: int, path: Path) -> bool:
+    """Whether the locked file is still the one that others lock, so that the lock says something."""
+    try:
+        return os.path.samestat(os.fstat(lock), os.stat(path / IN_USE))
+    except FileNotFoundError:
+        return False
 
 
 def _is_complete(path: Path, layout: Layout) -> bool:
@@ -472,6 +477,8 @@ def _remove(path: Path) -> bool:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_there(descriptor, path):  # removed by another cleaner, and perhaps made anew by then
+            return False
         # The lock file goes last: until then whoever comes waits for us, and then sees that it is another file.
         for name in (LAYOUT, LAYOUT + ".partial", PIXELS, RECORDS, MAKING, IN_USE):
             (path / name).unlink(missing_ok=True)

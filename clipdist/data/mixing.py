@@ -4,8 +4,9 @@ How a run is laid out, with K sources of shares w_k, and a global batch of B:
 
 1. By the end of step n, source k has given C_k(n) rows. The sources lie one after another on a line of length B, each
    w_k·B long; step v takes the sources that the B points θ_v, θ_v + 1, θ_v + 2, … hit, with θ_v = v/φ modulo 1 and φ
-   the golden ratio (systematic sampling with a low-discrepancy start). So every C_k(n) is within a row or two of
-   n·w_k·B, for ever, and is found at once as a sum of floors.
+   the golden ratio (systematic sampling with a low-discrepancy start). So every C_k(n) is within 1 + 0.63·ln n rows of
+   n·w_k·B (twice the star discrepancy of the sequence, 3 / (20 ln φ)·ln n: Dupain and Sós, 1984), which is 6 in a
+   thousand steps and 10 in a million, and is found at once as a sum of floors.
 2. `round_steps` steps make a round; what the sources owe in a round is dealt to the B rows of its steps. A source that
    owes a whole column (one row in each step) gets that row of the batch for the round. What is left, less than a column
    for each source, is joined in random order, cut into columns, and each column is shuffled, so that rare sources meet

@@ -57,11 +57,15 @@ lint: $(VENV)/.installed-dev  ## ruff, mypy, shellcheck
 	$(BIN)/mypy
 	$(BIN)/shellcheck .ci/run $(wildcard slurm/*.sh)
 
+# Files of tests run side by side; what a file's tests share is made once.
+TEST_JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile
+
 test: lint  ## Lint and the quick suite
-	$(BIN)/python -m pytest -m "not slow and not cluster"
+	$(PYTEST) -m "not slow and not cluster"
 
 test-all: lint  ## Lint and every test but those on a SLURM
-	$(BIN)/python -m pytest -m "not cluster"
+	$(PYTEST) -m "not cluster"
 
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2
 CLUSTER_TESTS ?= cluster

@@ -44,6 +44,7 @@ EXTRAS = {
     "dev": [
         "pytest>=8.0",
         "pytest-timeout>=2.2",
+        "pytest-xdist>=3.5",  # many tests wait for processes that they start
         "hypothesis>=6.100",
         "ruff>=0.6",
         "mypy>=1.10",

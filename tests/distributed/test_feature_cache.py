@@ -18,7 +18,8 @@ def names(run: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize(("processes", "kill"), [(1, 3), pytest.param(2, 9, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "kill"), [(1, 3), (2, 9)])
 def test_a_killed_run_goes_on_to_the_same_bits(processes: int, kill: int, recipe: Recipe, tmp_path: Path) -> None:
     """kill -9 in the first epoch, while features are computed, and in the second, when they are read."""
     path = recipe(**LOCKED, checkpoint__every_steps=2, train__epochs=3, train__micro_batch=6, data__val_split="")

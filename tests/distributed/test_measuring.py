@@ -114,6 +114,7 @@ def test_a_profile_shows_which_rank_is_slow(recipe: Recipe) -> None:
             assert profile.figures["perf/bytes_sent_gradients"] > 1e5
 
 
+@pytest.mark.slow
 def test_the_command_profiles_two_processes(recipe: Recipe, tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     command = [*LAUNCH, "--num_processes", "2", "-m", "clipdist.cli", "profile", str(recipe()), "--steps", "2"]

@@ -72,7 +72,7 @@ WHILE, END, STOP, GO_ON = ("while", 10, 0), ("end", 0, 0), ("stop", 0, 9), ("sto
     ("engine", "bad", "starts"),
     [
         ("none", 0, (WHILE,)),
-        ("fsdp2", 1, (WHILE,)),
+        pytest.param("fsdp2", 1, (WHILE,), marks=pytest.mark.slow),
         pytest.param("none", 0, (END, STOP, GO_ON), marks=pytest.mark.slow),
         pytest.param("fsdp2", 0, (WHILE, END, STOP, GO_ON), marks=pytest.mark.slow),
         pytest.param("fsdp2", 1, (END, STOP, GO_ON), marks=pytest.mark.slow),

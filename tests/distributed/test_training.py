@@ -71,7 +71,7 @@ def test_one_two_and_three_processes_train_the_same(recipe: Callable[..., Path],
         assert len(values[0]) == 3
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_same_bits(processes: int, recipe: Callable[..., Path], tmp_path: Path) -> None:
     """kill -9 of every process in mid-epoch; the same command again ends in the same weights and metrics."""
     path = recipe(
@@ -129,6 +129,7 @@ def kill_after(step: int, processes: int, *words: str | Path, run: Path, launche
     assert not alive
 
 
+@pytest.mark.slow
 def test_ranks_whose_launcher_was_killed_give_the_run_back(recipe: Callable[..., Path], tmp_path: Path) -> None:
     """Otherwise they would train on, and write, beside those of the next start."""
     path = recipe(checkpoint__every_steps=3, train__epochs=4)
@@ -195,6 +196,7 @@ def average_rank(rank: int, world_size: int, recipe: str, overrides: list[str], 
     return trainer.average.averages
 
 
+@pytest.mark.slow
 def test_averages_of_two_ranks_are_those_of_one_process(recipe: Callable[..., Path]) -> None:
     """And are the same bits after a start from a checkpoint; one process takes over what two have averaged."""
     path = str(recipe(train__ema=0.9, train__stages=[{"from_epoch": 0, "text": "none"}, {"from_epoch": 1}]))

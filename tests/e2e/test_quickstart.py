@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 
@@ -15,6 +17,7 @@ def run(*words: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_from_nothing_to_a_report(tmp_path: Path) -> None:
     data, runs = tmp_path / "phantom", tmp_path / "runs"
     draw = (sys.executable, "shards/phantom.py", "--out", data, "--images", "200", "--side", "64")

@@ -87,6 +87,7 @@ def test_captions_of_any_length_need_no_new_graph(varied: Recipe, compiled: None
     trainer.close()
 
 
+@pytest.mark.slow
 def test_a_compiled_run_trains_the_same_and_its_files_do_not_tell(
     varied: Recipe, tmp_path: Path, compiled: None, signal_handlers: None
 ) -> None:

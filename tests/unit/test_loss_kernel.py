@@ -50,6 +50,7 @@ def interpreted() -> Answers:
     return answers("cpu", TRITON_INTERPRET="1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*CASES, *WHOLE])
 def test_the_interpreted_kernel_agrees_with_the_tiles(case: str, interpreted: Answers) -> None:
     apart = {quantity: error for quantity, error in interpreted[case].items() if not error <= 1}

@@ -174,6 +174,7 @@ def test_without_slurm_the_way_out_is_named(
         send(job, "tiny", resources_of(args))
 
 
+@pytest.mark.slow
 def test_a_job_of_this_machine(recipe: Callable[..., Path]) -> None:
     """From the script to the evaluation, through submitit's own executor."""
     path = recipe(checkpoint__every_steps=4)

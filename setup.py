@@ -54,6 +54,7 @@ EXTRAS = {
         "aiohttp>=3.9",  # the tests of remote sets, with the two below
         "s3fs>=2024.6",
         "moto[server]>=5.0",
+        "open_clip_torch>=3.0",  # whose models the tests compare with
     ],
     # Shard sets behind URLs, through fsspec.
     "http": ["aiohttp>=3.9"],

@@ -124,11 +124,28 @@ def load_config(recipe: Path, overrides: list[str]) -> RunConfig:
                 _put(own, places, key, value, where.get(f"when_small.{key}", str(recipe)))
         for key, value in given:
             _put(own, places, key, value, "command line")
+        _fill_in_published(own)
         return validate(own, places, str(recipe))
 
     config = resolved(shrunk=False)
     shrunk = resolved(shrunk=True) if small else config
     return shrunk if config.small else config
+
+
+def _fill_in_published(tree: dict[str, Any]) -> None:
+    """Puts what `model.init` stands for below what the tree says itself."""
+    model = tree.get("model")
+    init = model.get("init") if isinstance(model, dict) else None
+    if isinstance(init, str) and init:
+        from clipdist.model.published import describe
+
+        tree["model"] = _beneath(describe(init), model)
+
+
+def _beneath(defaults: Any, own: Any) -> Any:
+    if not isinstance(defaults, dict) or not isinstance(own, dict):
+        return defaults if own is None else own
+    return {**own, **{key: _beneath(value, own.get(key)) for key, value in defaults.items()}}
 
 
 def read_config(path: Path) -> RunConfig:

@@ -68,7 +68,7 @@ def identity_of(config: DataConfig, split: Split, tokenizer: Tokenizer, side: in
 def _tells(tokenizer: Tokenizer) -> list[Any]:
     """What decides the ids that a tokenizer gives. Not what an earlier call left behind in it: how it was cut."""
     inner = tokenizer.tokenizer
-    about: list[Any] = [tokenizer.max_tokens, inner.truncation_side, type(inner).__name__]
+    about: list[Any] = [tokenizer.max_tokens, inner.truncation_side, type(inner).__name__, *["fill"] * tokenizer.fill]
     if inner.is_fast:
         backend = json.loads(inner.backend_tokenizer.to_str())
         return [*about, {name: value for name, value in backend.items() if name not in ("truncation", "padding")}]

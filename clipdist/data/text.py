@@ -20,8 +20,9 @@ MOST_CAPTIONS = 1_000_000
 class Tokenizer:
     """A Hugging Face tokenizer with a fixed longest length. Ids are int64; padding happens per batch, not here."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, fill: bool = False) -> None:
+        """`fill`: every caption gets as many tokens, by padding that counts as text."""
+        self.tokenizer, self.max_tokens, self.fill = tokenizer, max_tokens, fill
         if tokenizer.pad_token_id is None:
             # Decoder-style tokenizers have none; the attention mask hides whichever id stands there.
             tokenizer.pad_token = tokenizer.eos_token
@@ -32,7 +33,13 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special tokens included, cut to `max_tokens`."""
-        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens, return_attention_mask=False)
+        encoded = self.tokenizer(
+            list(texts),
+            truncation=True,
+            max_length=self.max_tokens,
+            padding="max_length" if self.fill else False,
+            return_attention_mask=False,
+        )
         return encoded["input_ids"]
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,11 +56,11 @@ class Tokenizer:
         self.tokenizer.save_pretrained(folder)
 
     @staticmethod
-    def load(name_or_folder: str | Path, max_tokens: int) -> "Tokenizer":
-        return Tokenizer(AutoTokenizer.from_pretrained(str(name_or_folder)), max_tokens)
+    def load(name_or_folder: str | Path, max_tokens: int, fill: bool = False) -> "Tokenizer":
+        return Tokenizer(AutoTokenizer.from_pretrained(str(name_or_folder)), max_tokens, fill)
 
 
-def train_wordpiece(captions: Iterable[str], vocabulary: int, max_tokens: int) -> Tokenizer:
+def train_wordpiece(captions: Iterable[str], vocabulary: int, max_tokens: int, fill: bool = False) -> Tokenizer:
     """A lower-casing BERT-style WordPiece with at most `vocabulary` entries, learned from the first million `captions`.
 
     A field's own words ("carcinoma", "telangiectasia") become whole tokens, where a general vocabulary
@@ -84,7 +91,7 @@ def train_wordpiece(captions: Iterable[str], vocabulary: int, max_tokens: int) -
         mask_token="[MASK]",
         model_max_length=max_tokens,
     )
-    return Tokenizer(wrapped, max_tokens)
+    return Tokenizer(wrapped, max_tokens, fill)
 
 
 def _bert_style(model: models.WordPiece) -> FastTokenizer:

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from clipdist.data.text import Tokenizer, train_wordpiece
 from clipdist.errors import UserError
 from clipdist.model.dual_encoder import DualEncoder, ModelConfig
+from clipdist.model.published import start_from
 from clipdist.model.towers import ImageTower, TextTower, resolve, text_source
 
 
@@ -20,10 +21,10 @@ def build_tokenizer(config: ModelConfig, captions: Iterable[str]) -> Tokenizer:
     """The tokenizer that the recipe names; `captions` are read only when it is to be trained on them."""
     text = config.text
     if text.tokenizer == "captions":
-        return train_wordpiece(captions, text.vocabulary, text.max_tokens)
+        return train_wordpiece(captions, text.vocabulary, text.max_tokens, text.fills)
     source = text_source(text) if text.tokenizer == "model" else str(resolve(text.tokenizer.removeprefix("hf:")))
     try:
-        return Tokenizer.load(source, text.max_tokens)
+        return Tokenizer.load(source, text.max_tokens, text.fills)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
@@ -33,12 +34,15 @@ def build_tokenizer(config: ModelConfig, captions: Iterable[str]) -> Tokenizer:
 
 
 def build_model(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> DualEncoder:
-    """The model at step 0: pretrained weights where the recipe says so, the rest drawn from `seed`."""
+    """The model at step 0: published weights where the recipe says so, the rest drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         image = ImageTower(config.image)
         text = TextTower(config.text, vocabulary=len(tokenizer), pad_id=tokenizer.pad_id)
-        return DualEncoder(config, image, text)
+        model = DualEncoder(config, image, text)
+    if config.init:
+        start_from(model, config.init)
+    return model
 
 
 def rebuild_model(config: ModelConfig, tokenizer: Tokenizer, text_config: Path) -> DualEncoder:

@@ -26,6 +26,8 @@ class ProjectionConfig:
     layer_norm: bool = False
     """Normalises the tower's features first."""
     dropout: Share = 0.0
+    bias: bool = False
+    """Of a linear one; an mlp has biases always."""
 
 
 @settings
@@ -41,6 +43,9 @@ class TemperatureConfig:
 
 @settings
 class ModelConfig:
+    init: str = ""
+    """A published dual encoder to start from: `hf:<name or folder>` of a CLIP or SigLIP, `open_clip:<folder>`. It sets
+    all keys of this section that the recipe does not set."""
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     width: PositiveInt = 512
@@ -99,7 +104,7 @@ def projection(config: ProjectionConfig, width_in: int, width_out: int) -> nn.Se
         hidden = config.hidden or width_out
         layers += [nn.Linear(width_in, hidden), nn.GELU(), nn.Dropout(config.dropout)]
         width_in = hidden
-    layers.append(nn.Linear(width_in, width_out, bias=config.kind == "mlp"))
+    layers.append(nn.Linear(width_in, width_out, bias=config.kind == "mlp" or config.bias))
     return nn.Sequential(*layers)
 
 

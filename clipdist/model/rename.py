@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from clipdist.errors import UserError
@@ -56,3 +57,102 @@ def _renamed(key: str, state: Mapping[str, Tensor], places: Mapping[int, tuple[i
     if layer not in names:
         raise UserError(f"weights: found key {key!r}, expected EfficientNet-Lite's names, such as '_conv_stem.weight'")
     return f"{prefix}{names[layer]}.{rest}"
+
+
+def rename_vision_transformer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The image tower of a CLIP or a SigLIP, from transformers' names to those of timm's vision transformer.
+
+    `state`: keys such as `encoder.layers.3.self_attn.q_proj.weight`. Raises `UserError` for any that is none of these.
+    """
+    renamed: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        if key == "embeddings.position_ids":
+            continue  # a buffer of earlier versions
+        if key in VISION_OUTSIDE:
+            renamed[VISION_OUTSIDE[key]] = tensor
+        elif match := VISION_QKV.fullmatch(key):
+            parts.setdefault(f"blocks.{match[1]}.attn.qkv.{match[3]}", {})[match[2]] = tensor
+        elif (match := VISION_LAYER.fullmatch(key)) and match[2] in VISION_INSIDE:
+            renamed[f"blocks.{match[1]}.{VISION_INSIDE[match[2]]}.{match[3]}"] = tensor
+        elif match := VISION_POOL_INPUT.fullmatch(key):
+            query, rest = tensor.tensor_split([len(tensor) // 3])
+            renamed[f"attn_pool.q.{match[1]}"], renamed[f"attn_pool.kv.{match[1]}"] = query, rest
+        else:
+            raise UserError(f"weights: found key {key!r}, expected those of a vision transformer of CLIP or SigLIP")
+    for key, three in parts.items():
+        renamed[key] = torch.cat([three[which] for which in "qkv"])
+    for key in ("cls_token", "pos_embed"):
+        if key in renamed:
+            renamed[key] = renamed[key].reshape(1, -1, renamed[key].shape[-1])
+    return renamed
+
+
+VISION_QKV = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
+VISION_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+VISION_INSIDE = {
+    "layer_norm1": "norm1",
+    "layer_norm2": "norm2",
+    "self_attn.out_proj": "attn.proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+VISION_POOL_INPUT = re.compile(r"head\.attention\.in_proj_(weight|bias)")
+VISION_OUTSIDE = {
+    "embeddings.class_embedding": "cls_token",
+    "embeddings.position_embedding.weight": "pos_embed",
+    "head.probe": "attn_pool.latent",
+    **{
+        f"{theirs}.{kind}": f"{ours}.{kind}"
+        for theirs, ours in {
+            "embeddings.patch_embedding": "patch_embed.proj",
+            "pre_layrnorm": "norm_pre",  # their spelling
+            "post_layernorm": "norm",
+            "head.attention.out_proj": "attn_pool.proj",
+            "head.layernorm": "attn_pool.norm",
+            "head.mlp.fc1": "attn_pool.mlp.fc1",
+            "head.mlp.fc2": "attn_pool.mlp.fc2",
+        }.items()
+        for kind in ("weight", "bias")
+    },
+}
+
+
+def rename_text_transformer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The text tower of a CLIP or a SigLIP, from open_clip's names to those of transformers.
+
+    `state`: keys such as `transformer.resblocks.3.attn.in_proj_weight`; a projection behind the tower is none of it.
+    Raises `UserError` for any other key.
+    """
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        if key == "attn_mask":
+            continue  # a buffer of earlier versions
+        if key in TEXT_OUTSIDE:
+            renamed[TEXT_OUTSIDE[key]] = tensor
+            continue
+        match = TEXT_LAYER.fullmatch(key)
+        if match and match[2] == "attn.in_proj":
+            for which, part in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[f"encoder.layers.{match[1]}.self_attn.{which}_proj.{match[3]}"] = part
+        elif match and match[2] in TEXT_INSIDE:
+            renamed[f"encoder.layers.{match[1]}.{TEXT_INSIDE[match[2]]}.{match[3]}"] = tensor
+        else:
+            raise UserError(f"weights: found key {key!r}, expected those of open_clip's text transformer")
+    return renamed
+
+
+TEXT_LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
+TEXT_INSIDE = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+TEXT_OUTSIDE = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}

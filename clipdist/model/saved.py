@@ -127,7 +127,7 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> "Saved
                 f"expected {FORMAT!r} version {FORMAT_VERSION}"
             )
         config = TypeAdapter(ModelConfig).validate_python(body["model"])
-        tokenizer = Tokenizer.load(folder / "tokenizer", config.text.max_tokens)
+        tokenizer = Tokenizer.load(folder / "tokenizer", config.text.max_tokens, config.text.fills)
         model = rebuild_model(config, tokenizer, folder / "text_config")
         model.load_state_dict(load_file(folder / "model.safetensors"))
         scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
@@ -161,7 +161,7 @@ class SavedModel:
 
     @property
     def temperature(self) -> float:
-        return float(1 / self.model.temperature()[0])
+        return float(1 / self.model.temperature()[0].detach())
 
     def preprocess(self, image: ImageLike) -> torch.Tensor:
         """One image -> uint8 [3, side, side], exactly as in evaluation during training.

@@ -62,6 +62,8 @@ class TextTowerConfig:
     pooling: Pooling = "mean"
     tokenizer: str = "model"
     """`model`: the text tower's own; `captions`: a WordPiece trained on the training split; or a name or folder."""
+    padding: Literal["longest", "max_tokens"] = "longest"
+    """max_tokens: every caption is filled up to it, and what fills counts as text, as in SigLIP."""
     vocabulary: PositiveInt = 8192
     """Largest vocabulary of a tokenizer trained on captions."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +72,10 @@ class TextTowerConfig:
     """As the image tower's."""
     cache_features: bool = False
     """As the image tower's."""
+
+    @property
+    def fills(self) -> bool:
+        return self.padding == "max_tokens"
 
 
 def resolve(path: str) -> Path:
@@ -316,6 +322,8 @@ def _from_pretrained(config: TextTowerConfig) -> nn.Module:
     source = text_source(config)
     try:
         loaded = transformers.AutoConfig.from_pretrained(source, **config.options)
+        if loaded.model_type in ("clip", "siglip"):  # of a dual encoder, the text tower alone
+            loaded = type(loaded.text_config).from_pretrained(source, **config.options)
         _check_options(config, loaded)
         # Published in half precision or not: what is trained is float32.
         return _auto_model(loaded).from_pretrained(source, config=loaded, dtype=torch.float32)
@@ -347,6 +355,9 @@ def _checkpoint_hugging_face(model: Any) -> None:
 
 def _auto_model(config: transformers.PretrainedConfig) -> Any:
     """The encoder alone of what has a decoder, too. A T5 encoder's own configuration no longer says that it had one."""
+    if config.model_type == "siglip_text_model":
+        # The one encoder that transformers does not know how to find by its configuration.
+        transformers.AutoModel.register(type(config), transformers.SiglipTextModel, exist_ok=True)
     both = config.is_encoder_decoder or type(config)().is_encoder_decoder
     return transformers.AutoModelForTextEncoding if both else transformers.AutoModel
 

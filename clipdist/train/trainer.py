@@ -125,7 +125,7 @@ class Trainer:
                 tokenizer.save(kept)
                 write_atomically(complete, b"")
         world.barrier()
-        return Tokenizer.load(kept, self.config.model.text.max_tokens)
+        return Tokenizer.load(kept, self.config.model.text.max_tokens, self.config.model.text.fills)
 
     def _build(self) -> None:
         config = self.config

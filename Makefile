@@ -57,9 +57,10 @@ lint: $(VENV)/.installed-dev  ## ruff, mypy, shellcheck
 	$(BIN)/mypy
 	$(BIN)/shellcheck .ci/run $(wildcard slurm/*.sh)
 
-# Files of tests run side by side; what a file's tests share is made once.
+# Files of tests run side by side; what a file's tests share is made once. In the order of their names, the files that
+# take longest come first, so that the processes end at about the same time.
 TEST_JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 test: lint  ## Lint and the quick suite
 	$(PYTEST) -m "not slow and not cluster"

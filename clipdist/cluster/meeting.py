@@ -118,18 +118,20 @@ class Meeting:
         """Host -> what its ranks ended with; of those that said so within that many seconds."""
 
         def told() -> dict[str, int]:
-            found = {host: _read(self.folder / f"ended-{host}") for host in self.allocation.nodes}
-            return {host: int(code) for host, code in found.items() if code}
+            there = names(self.folder)
+            files = {host: self.folder / f"ended-{host}" for host in self.allocation.nodes if f"ended-{host}" in there}
+            return {host: int(code) for host, path in files.items() if (code := _text(path))}
 
         _wait(lambda: len(told()) == len(self.allocation.nodes) or None, seconds)
         return told()
 
     def blamed(self, ends: dict[str, int]) -> Failure:
         """Where a crash came from, as far as the nodes can tell: `host` is empty when they cannot."""
+        there = names(self.folder)
         for host in self.allocation.nodes:
             if host not in ends:
                 return Failure(host, "the node says nothing any more")
-            if why := _read(self.folder / f"stuck-{host}"):
+            if f"stuck-{host}" in there and (why := _text(self.folder / f"stuck-{host}")):
                 return Failure(host, why)
         return self.failure() or Failure("", "the launcher failed")
 
@@ -147,7 +149,7 @@ class Meeting:
         write_atomically(self.job / f"alive-{self.host}.json", json.dumps(body).encode())
 
     def crashes(self) -> list[Crash]:
-        return [Crash(**item) for item in _json(self.job / "crashes.json") or []]
+        return [Crash(**item) for item in _json(_read(self.job / "crashes.json")) or []]
 
     def note_crash(self, crash: Crash) -> None:
         items = [asdict(item) for item in [*self.crashes(), crash]]
@@ -156,7 +158,7 @@ class Meeting:
 
 def last_beat(job: Path) -> float | None:
     """When the ranks of a job last made a step, all of them, by what its nodes say; None when none says anything."""
-    told = [body["last_beat"] for path in job.glob("alive-*.json") if (body := _json(path))]
+    told = [body["last_beat"] for path in job.glob("alive-*.json") if (body := _json(_text(path)))]
     return min(told, default=None)
 
 
@@ -191,16 +193,18 @@ def names(folder: Path) -> set[str]:
 
 
 def _read(path: Path) -> str | None:
-    if path.name not in names(path.parent):
-        return None
+    """A file that may not be there yet."""
+    return _text(path) if path.name in names(path.parent) else None
+
+
+def _text(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
     except OSError:  # not there yet, or not here: a shared file system that is away comes back, or a wait ends
         return None
 
 
-def _json(path: Path) -> Any:
-    told = _read(path)
+def _json(told: str | None) -> Any:
     try:
         return json.loads(told) if told else None
     except ValueError:

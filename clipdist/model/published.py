@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from clipdist.errors import UserError
 from clipdist.model.dual_encoder import DualEncoder
 from clipdist.model.rename import rename_text_transformer, rename_vision_transformer
-from clipdist.model.weight_files import find_folder, read_json, read_scalars, read_tensors, tensor_names, weight_files
+from clipdist.model.weight_files import find_folder, open_weights, read_json
 
 logger = logging.getLogger(__name__)
 # OpenAI's, which open_clip takes where a configuration names none.
@@ -139,6 +140,10 @@ class HuggingFace:
             raise UserError(f"model.init={init}: found a model of type {self.kind!r}, expected clip or siglip")
 
     @cached_property
+    def weights(self) -> Mapping[str, Tensor]:
+        return open_weights(self.folder, self.init)
+
+    @cached_property
     def towers(self) -> tuple[Any, Any]:
         """(vision, text) configurations, with what their files leave away."""
         import transformers
@@ -177,13 +182,12 @@ class HuggingFace:
         }
         if siglip:
             options["projection_size"] = text.projection_size
-        scalars = read_scalars(self.folder, self.init)
         return {
             "image": image | self._preparation(),
             "text": _text_section(f"hf:{self.place}", options, siglip=siglip),
             "width": text.projection_size if siglip else self.config.get("projection_dim", 512),
             "projection": {"kind": "linear", "bias": siglip},
-            "temperature": _temperature_section(scalars, biased=siglip),
+            "temperature": _temperature_section(self.weights, biased=siglip),
         }
 
     def _preparation(self) -> dict[str, Any]:
@@ -199,17 +203,14 @@ class HuggingFace:
         return {"mean": body["image_mean"], "std": body["image_std"], "resize": "crop" if crop else "squash"}
 
     def parts(self) -> Parts:
-        state = dict(read_tensors(self.folder, self.init))
-        vision, text = _below("vision_model.", state), _below("text_model.", state)
-        if self.kind == "clip":
-            projections = [_below(f"{name}_projection.", state) for name in ("visual", "text")]
-        else:
-            head = {key: text.pop(f"head.{key}") for key in ("weight", "bias")}
-            projections = [_identity(head["bias"]), head]
+        vision, text = _below("vision_model.", self.weights), _below("text_model.", self.weights)
         text.pop("embeddings.position_ids", None)
-        if self.kind == "siglip":
-            # transformers' tower computes what its head would give, too; nothing here reads it.
-            text |= {f"head.{key}": tensor for key, tensor in projections[1].items()}
+        if self.kind == "clip":
+            projections = [_below(f"{name}_projection.", self.weights) for name in ("visual", "text")]
+        else:
+            # The head stays in the tower, too, which computes what nothing here reads.
+            head = _below("head.", text)
+            projections = [_identity(head["bias"]), head]
         return Parts(rename_vision_transformer(vision), text, projections[0], projections[1])
 
 
@@ -269,6 +270,10 @@ class OpenClip:
                 f"pool_type={self.text.get('pool_type')!r}, expected CLIP's or SigLIP's"
             )
 
+    @cached_property
+    def weights(self) -> Mapping[str, Tensor]:
+        return open_weights(self.folder, self.init)
+
     @property
     def activation(self) -> str:
         if self.text.get("act_kwargs", {}).get("approximate") == "tanh":
@@ -290,17 +295,13 @@ class OpenClip:
         }
         if self.siglip:
             options["projection_size"] = self.width
-        scalars = read_scalars(self.folder, self.init)
         return {
             "image": self._image() | self._preparation(),
             "text": _text_section(f"hf:{self.folder}", options, siglip=self.siglip),
             "width": self.width,
             "projection": {"kind": "linear", "bias": bool(text.get("proj_bias"))},
-            "temperature": _temperature_section(scalars, biased="logit_bias" in scalars),
+            "temperature": _temperature_section(self.weights, biased="logit_bias" in self.weights),
         }
-
-    def _names(self) -> set[str]:
-        return {name for path in weight_files(self.folder, self.init) for name in tensor_names(path, self.init)}
 
     def _image(self) -> dict[str, Any]:
         vision = self.vision
@@ -310,8 +311,8 @@ class OpenClip:
                 raise UserError(f"model.init={self.init}: timm_proj={vision['timm_proj']!r}, expected linear or none")
             pool = vision.get("timm_pool", "avg")
             options: dict[str, Any] = {"global_pool": pool} if pool else {}
-            names = self._names()
-            if pool == "avg" and "visual.trunk.norm.weight" in names and "visual.trunk.fc_norm.weight" not in names:
+            norms = {name for name in ("norm", "fc_norm") if f"visual.trunk.{name}.weight" in self.weights}
+            if pool == "avg" and norms == {"norm"}:
                 options["fc_norm"] = False  # open_clip changes the pooling of a tower that is made, not the norm
             return {"name": f"timm:{name}", "pretrained": False, "side": side, "options": options}
         if not isinstance(vision.get("layers"), int) or not isinstance(side, int):
@@ -339,14 +340,15 @@ class OpenClip:
         }
 
     def parts(self) -> Parts:
-        state = dict(read_tensors(self.folder, self.init))
-        visual = _below("visual.", state)
-        below = "text." if any(key.startswith("text.") for key in state) else ""
-        names = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.")
-        text = {
-            key: tensor for key, tensor in (_below(below, state) if below else state).items() if key.startswith(names)
+        visual = _below("visual.", self.weights)
+        outside = ("visual.", "logit_")
+        # In a part of their own, or beside the image tower.
+        whole = _below("text.", self.weights) or {
+            key: self.weights[key].float() for key in self.weights if not key.startswith(outside)
         }
-        projection = self._text_projection(state, below)
+        projection = _below("text_projection.", whole) or {"weight": whole["text_projection"].T.contiguous()}
+        names = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.")
+        text = {key: tensor for key, tensor in whole.items() if key.startswith(names)}
         if "trunk.patch_embed.proj.weight" in visual or self.vision.get("timm_model_name"):
             image = _below("trunk.", visual)
             image_projection = _below("head.proj.", visual) or _identity(projection["weight"])
@@ -359,10 +361,6 @@ class OpenClip:
         if self.siglip:
             renamed |= {f"head.{key}": tensor for key, tensor in projection.items()}
         return Parts(image, renamed, image_projection, projection)
-
-    def _text_projection(self, state: Mapping[str, Tensor], below: str) -> dict[str, Tensor]:
-        found = _below(f"{below}text_projection.", state)  # a layer
-        return found or {"weight": state[f"{below}text_projection"].T.contiguous()}
 
 
 def _image_section(shape: Transformer, init: str, *, side: int, patch: int, eps: float, siglip: bool) -> dict[str, Any]:
@@ -378,7 +376,7 @@ def _image_section(shape: Transformer, init: str, *, side: int, patch: int, eps:
         ratio = (shape.hidden + 0.5) / shape.width
     family = f"vit_{SIZES.get((shape.width, shape.depth), 'base')}_patch{patch}_{'siglip' if siglip else 'clip'}_{side}"
     names = {"clip": "vit_base_patch32_clip_224", "siglip": "vit_base_patch16_siglip_224"}
-    name = family if _timm_has(family) else names["siglip" if siglip else "clip"]
+    name = family if timm.is_model(family) else names["siglip" if siglip else "clip"]
     return {
         "name": f"timm:{name}",
         "pretrained": False,
@@ -394,12 +392,6 @@ def _image_section(shape: Transformer, init: str, *, side: int, patch: int, eps:
     }
 
 
-def _timm_has(name: str) -> bool:
-    import timm
-
-    return name in timm.list_models()
-
-
 def _text_section(tokenizer: str, options: dict[str, Any], *, siglip: bool) -> dict[str, Any]:
     return {
         "name": "hf:siglip_text_model" if siglip else "hf:clip_text_model",
@@ -413,14 +405,14 @@ def _text_section(tokenizer: str, options: dict[str, Any], *, siglip: bool) -> d
     }
 
 
-def _temperature_section(scalars: dict[str, float], *, biased: bool) -> dict[str, Any]:
-    if "logit_scale" not in scalars:
+def _temperature_section(weights: Mapping[str, Tensor], *, biased: bool) -> dict[str, Any]:
+    if "logit_scale" not in weights:
         raise UserError("model.init: the weights have no logit_scale; expected those of a whole dual encoder")
-    initial = math.exp(-scalars["logit_scale"])
+    initial = math.exp(-weights["logit_scale"].item())
     bounds = {"minimum": min(1 / LARGEST_SCALE, initial), "maximum": max(1.0, initial)}
     section: dict[str, Any] = {"initial": initial, **bounds}
     if biased:
-        section["bias"] = scalars["logit_bias"]
+        section["bias"] = weights["logit_bias"].item()
     return section
 
 
@@ -431,4 +423,4 @@ def _identity(like: Tensor) -> dict[str, Tensor]:
 
 
 def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    return {key.removeprefix(prefix): state[key].float() for key in state if key.startswith(prefix)}

@@ -5,15 +5,15 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clipdist.errors import UserError
+from clipdist.model.stored import Stored
 from clipdist.model.towers import first_line, resolve
 
 
@@ -63,42 +63,20 @@ def weight_files(folder: Path, init: str) -> list[Path]:
     raise UserError(f"model.init={init}: {folder} has no weights: expected a .safetensors, .bin or .pt file")
 
 
-def tensor_names(path: Path, init: str) -> list[str]:
-    if path.suffix != ".safetensors":
-        return list(_pickled(path, init))
+def open_weights(folder: Path, init: str) -> Mapping[str, Tensor]:
+    """Name -> tensor on the CPU; of safetensors each is read when it is asked for."""
+    paths = weight_files(folder, init)
     try:
-        with safe_open(path, "pt") as file:
-            return list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"model.init={init}: {path} cannot be read ({first_line(error)})") from None
-
-
-def read_tensors(folder: Path, init: str, only: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
-    """(name, float32 tensor) of all, or of these that are there."""
-    for path in weight_files(folder, init):
-        if path.suffix != ".safetensors":
-            for name, tensor in _pickled(path, init).items():
-                if isinstance(tensor, Tensor) and (not only or name in only):
-                    yield name, tensor.float()
-            continue
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 — it is no mapping
-                    if not only or name in only:
-                        yield name, file.get_tensor(name).float()
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"model.init={init}: {path} cannot be read ({first_line(error)})") from None
-
-
-def _pickled(path: Path, init: str) -> dict[str, Tensor]:
-    """A state dict as it is, or within a checkpoint of open_clip's training."""
-    try:
-        state: Any = torch.load(path, "cpu", weights_only=True, mmap=True)
+        if paths[0].suffix == ".safetensors":
+            return Stored.open(paths)
+        return {name: tensor for path in paths for name, tensor in _pickled(path).items()}
     except Exception as error:  # each kind of file has its own
-        raise UserError(f"model.init={init}: {path} cannot be read ({first_line(error)})") from None
+        named = paths[0] if len(paths) == 1 else folder
+        raise UserError(f"model.init={init}: {named} cannot be read ({first_line(error)})") from None
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    """A state dict as it is, or within a checkpoint of open_clip's training."""
+    state: Any = torch.load(path, "cpu", weights_only=True, mmap=True)
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-
-
-def read_scalars(folder: Path, init: str) -> dict[str, float]:
-    return {name: tensor.item() for name, tensor in read_tensors(folder, init, ("logit_scale", "logit_bias"))}
+    return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}

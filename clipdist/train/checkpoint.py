@@ -35,10 +35,10 @@ from clipdist import world
 from clipdist.data.shards import checksum_file, fsync_folder, write_atomically
 from clipdist.errors import DiskError, UserError, disk_errors, disk_outages
 from clipdist.model.saved import plain
+from clipdist.model.stored import Stored
 from clipdist.settings import settings
 from clipdist.train.engine import OptimizerState
 from clipdist.train.outage import Outage
-from clipdist.train.stored import Stored
 
 logger = logging.getLogger(__name__)
 

@@ -115,6 +115,8 @@ class LocalSlurm:
 
     def __init__(self, root: Path, network: bool = False) -> None:
         self.root, self.network = root, network
+        self.disks = root / "disks"
+        """What is mounted below, nodes see too; elsewhere each has the mounts that were there when it started."""
         self.environment = {**os.environ, "SLURM_CONF": str(root / "slurm.conf")}
         self.environment["PATH"] += ":/usr/sbin:/sbin"
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
@@ -122,8 +124,10 @@ class LocalSlurm:
 
     def up(self) -> None:
         root, host = self.root, socket.gethostname().split(".")[0]
-        for name in ("state", "spool", "dev"):
+        for name in ("state", "spool", "dev", "disks"):
             (root / name).mkdir(parents=True)
+        subprocess.run(["mount", "--bind", str(self.disks), str(self.disks)], check=True, timeout=60)
+        subprocess.run(["mount", "--make-shared", str(self.disks)], check=True, timeout=60)
         root.chmod(0o755)
         names = [f"n{number}" for number in range(1, NODES + 1)]
         addresses = {name: self._address(number) for number, name in enumerate(names, 1)}
@@ -209,7 +213,8 @@ class LocalSlurm:
 
     def start_node(self, name: str) -> None:
         """Powers a node on."""
-        words = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", NODE]
+        words = ["unshare", "--uts", "--mount", "--propagation", "slave", "--pid", "--fork", "--kill-child"]
+        words += ["--mount-proc", "bash", "-c", NODE]
         with open(self.root / f"{name}.out", "ab") as out:
             self._nodes[name] = subprocess.Popen(
                 [*WITH_US, *self._inside(name), *words, "node", name, str(self.root)],
@@ -236,6 +241,7 @@ class LocalSlurm:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        subprocess.run(["umount", "--lazy", str(self.disks)], check=False, timeout=60)
         if self.network:
             for space in ("control", *(f"n{number}" for number in range(1, NODES + 1))):
                 subprocess.run(["ip", "netns", "del", f"{SPACE}{space}"], check=False, timeout=60)

@@ -36,8 +36,12 @@ class Disk:
 
     def close(self) -> None:
         """Whoever has files open keeps these; whoever opens one finds it read-only, as after an error of the disk."""
-        mount("--bind", str(self.folder), str(self.folder))
-        mount("-o", "remount,bind,ro", str(self.folder))
+        # Aside first: nodes see what is mounted, not that it is made read-only afterwards.
+        aside = self.folder.with_name("read-only")
+        aside.mkdir()
+        mount("--bind", str(self.folder), str(aside))
+        mount("-o", "remount,bind,ro", str(aside))
+        mount("--bind", str(aside), str(self.folder))
 
     def open(self) -> None:
         subprocess.run(["umount", str(self.folder)], check=True)
@@ -48,11 +52,13 @@ def mount(*words: str) -> None:
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    folder = tmp_path / "runs"
-    yield Disk(folder)
-    while os.path.ismount(folder):
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+def disk(slurm: LocalSlurm, tmp_path: Path) -> Iterator[Disk]:
+    folder = slurm.disks / tmp_path.name
+    folder.mkdir()
+    yield Disk(folder / "runs")
+    for mounted in (folder / "read-only", folder / "runs"):
+        while os.path.ismount(mounted):
+            subprocess.run(["umount", "--lazy", str(mounted)], check=True)
 
 
 @pytest.mark.parametrize(
@@ -66,13 +72,13 @@ def test_the_disk_refuses_for_a_while(
     reason: str,
     disk: Disk,
     slurm: LocalSlurm,
-    tmp_path: Path,
     cluster_recipe: Callable[..., Path],
     raw: Path,
     undisturbed: Path,
 ) -> None:
-    (tmp_path / "data").symlink_to(undisturbed / "data")
-    job = Job(slurm, tmp_path, cluster_recipe(tmp_path), raw)
+    folder = disk.folder.parent
+    (folder / "data").symlink_to(undisturbed / "data")
+    job = Job(slurm, folder, cluster_recipe(folder), raw)
     job.reach(6)
     spoil(disk)
     end = time.monotonic() + 60

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -60,10 +60,13 @@ class Traffic:
         self._bytes: defaultdict[str, float] = defaultdict(float)
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.on_entry: Callable[[], None] = lambda: None
+        """Called ahead of each collective, before this rank waits in it."""
 
     @contextmanager
     def counted(self, purpose: str, sent_bytes: float, device: torch.device) -> Iterator[None]:
         """Around one collective."""
+        self.on_entry()
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -302,6 +305,7 @@ def gather_objects(item: Any) -> list[Any]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [item]
     items: list[Any] = [None] * dist.get_world_size()
+    traffic.on_entry()
     dist.all_gather_object(items, item)
     return items
 
@@ -311,6 +315,7 @@ def broadcast_object(item: Any) -> Any:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return item
     items = [item]
+    traffic.on_entry()
     dist.broadcast_object_list(items)
     return items[0]
 

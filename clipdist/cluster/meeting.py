@@ -7,6 +7,7 @@ see.
                                              port        all have; here the ranks meet, on the first node
                                              failed      the first thing that went wrong, and on which node
                                              stuck-…     a node on which ranks neither work nor end
+                                             came-…      how far a node's ranks had come when all of them hung
                                              ended-…     what a node's ranks ended with
                                              verdict     what the first node makes of it
 
@@ -36,6 +37,8 @@ OUTAGE_SECONDS = 600.0
 class Failure:
     host: str
     why: str
+    hung: bool = False
+    """All ranks waited, and no sign of progress came: `host` may only be the first to say so."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,11 @@ class Meeting:
         found = _wait(lambda: _read(path) or ("0" if self.failure() else None), seconds)
         return int(found) if found and int(found) else None
 
-    def fail(self, why: str, host: str = "") -> None:
+    def fail(self, why: str, host: str = "", hung: bool = False) -> None:
         """Something went wrong on `host`, this one unless said: the others are to end their ranks. The first to say so
         is who is listened to. Raises `OSError` where the folder cannot be written now."""
         partial = self.folder / f"failed-by-{self.host}"
-        write_atomically(partial, json.dumps(asdict(Failure(host or self.host, why))).encode())
+        write_atomically(partial, json.dumps(asdict(Failure(host or self.host, why, hung))).encode())
         with suppress(FileExistsError):
             os.link(partial, self.folder / "failed")
 
@@ -109,6 +112,10 @@ class Meeting:
     def stuck(self, why: str) -> None:
         """Ranks here neither work nor end by themselves: then it is here that the fault lies, whoever noticed first."""
         _put(self.folder / f"stuck-{self.host}", why)
+
+    def came(self, exchanges: dict[int, int]) -> None:
+        """How many exchanges each rank here had come to when it ended."""
+        _put(self.folder / f"came-{self.host}", json.dumps(exchanges))
 
     def end(self, code: int) -> None:
         """What this node's ranks ended with."""
@@ -133,7 +140,20 @@ class Meeting:
                 return Failure(host, "the node says nothing any more")
             if f"stuck-{host}" in there and (why := _text(self.folder / f"stuck-{host}")):
                 return Failure(host, why)
-        return self.failure() or Failure("", "the launcher failed")
+        failure = self.failure() or Failure("", "the launcher failed")
+        return self._waited_for(failure) if failure.hung else failure
+
+    def _waited_for(self, failure: Failure) -> Failure:
+        """Of ranks that all hung, those which the others waited for: they are an exchange or more behind."""
+        told = {host: _json(_read(self.folder / f"came-{host}")) or {} for host in self.allocation.nodes}
+        came = {int(rank): number for ranks in told.values() for rank, number in ranks.items()}
+        behind = sorted(rank for rank, number in came.items() if number == min(came.values()))
+        hosts = [host for host, ranks in told.items() if any(str(rank) in ranks for rank in behind)]
+        if not all(told.values()) or len(behind) == len(came):
+            # Where all wait in the same exchange, a network may have lost it. A node that is alone has nobody to blame.
+            return failure if len(told) == 1 else Failure("", f"{failure.why}; no rank is behind the others")
+        who = f"rank{'s' * (len(behind) > 1)} {', '.join(map(str, behind))} hung: the others waited there"
+        return Failure(hosts[0], who) if len(hosts) == 1 else Failure("", f"{who} ({', '.join(hosts)})")
 
     def decide(self, verdict: str) -> None:
         _put(self.folder / "verdict", verdict)

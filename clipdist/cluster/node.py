@@ -27,6 +27,7 @@ FIRST_PORT, PORTS = 20_000, 10_000  # below the range that systems give to outgo
 GRACE_SECONDS = 5.0
 ALIVE_SECONDS = 10.0
 """How often a node gives a sign of life."""
+NO_PROGRESS = "no sign of progress within train.hang_minutes"
 LOGS = "logs"
 STANDARD_ERROR = "2"
 LINE_PREFIX = "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"
@@ -63,8 +64,10 @@ class Node:
         self._watch(launcher, codes)
         noted = _codes(codes)
         code = outcome(launcher.returncode, noted, self.processes)
+        if code == CRASHED:
+            self.meeting.came({rank: sign.exchanges for rank, sign in heartbeat.signs(codes).items()})
         if code in (WRONG, CRASHED):
-            self._fail("a rank died" if len(noted) < self.processes else f"a rank ended with exit code {code}")
+            self._fail(_death(codes) if len(noted) < self.processes else f"a rank ended with exit code {code}")
         return code
 
     def keep_logs(self, target: Path) -> None:
@@ -141,7 +144,7 @@ class Node:
 
     def _fail(self, why: str, host: str = "") -> None:
         with suppress(OSError):  # then once more, later
-            self.meeting.fail(why, host)
+            self.meeting.fail(why, host, hung=why == NO_PROGRESS)
             self._failed = True
 
     def _note_stuck(self, ranks: list[psutil.Process]) -> None:
@@ -155,7 +158,7 @@ class Node:
         if time.monotonic() - self._alive_at < ALIVE_SECONDS:
             return
         self._alive_at = time.monotonic()
-        beats = heartbeat.times(codes)
+        beats = [sign.time for sign in heartbeat.signs(codes).values()]
         if len(beats) == self.processes:
             with suppress(OSError):
                 self.meeting.alive(min(beats))
@@ -178,8 +181,13 @@ def _fault(ranks: list[psutil.Process], codes: Path) -> str | None:
     if bad := [code for code in noted if code in (WRONG, CRASHED)]:
         return f"a rank ended with exit code {bad[0]}"
     if len(noted) < sum(_status(rank) in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) for rank in ranks):
-        return "a rank died"  # the launcher has yet to notice
+        return _death(codes)  # the launcher has yet to notice
     return None
+
+
+def _death(codes: Path) -> str:
+    """Of a rank that has noted no exit code, in words; who takes itself for hung does not either."""
+    return NO_PROGRESS if any(sign.overdue() for sign in heartbeat.signs(codes).values()) else "a rank died"
 
 
 def outcome(launcher: int, codes: Sequence[int], processes: int) -> int:

@@ -87,6 +87,19 @@ def test_a_rank_hangs(start: Callable[..., Job], undisturbed: Path) -> None:
     assert_the_same(job.run, undisturbed)
 
 
+@pytest.mark.slow
+def test_a_loader_worker_hangs(start: Callable[..., Job], undisturbed: Path) -> None:
+    """Its rank waits for it as the other ranks wait for that rank, all asleep: who hung is who has not come to the
+    exchange in which the others are."""
+    job = start(words=["train.hang_minutes=0.1"])
+    job.reach(6)
+    for worker in job.ranks()[2].children():
+        worker.suspend()
+    assert job.finish()["Restarts"] == "0"
+    assert f"crashed: rank 2 hung: the others waited there ({job.nodes()[1]}); start 1" in job.said(whole=True)
+    assert_the_same(job.run, undisturbed)
+
+
 def test_a_node_crashes(slurm: LocalSlurm, start: Callable[..., Job], undisturbed: Path) -> None:
     """SLURM notices, requeues the job, and it goes on elsewhere."""
     job = start()

@@ -57,6 +57,38 @@ def test_the_first_failure_counts(tmp_path: Path) -> None:
     assert first.blamed({"n1": 1, "n3": 1}).host == "n2", "and one that is gone did not even say so"
 
 
+@pytest.mark.parametrize(
+    ("came", "blamed"),
+    [
+        ([{0: 9, 1: 9}, {2: 9, 3: 8}, {4: 9, 5: 9}], Failure("n2", "rank 3 hung: the others waited there")),
+        ([{0: 9, 1: 9}, {2: 9, 3: 9}, {4: 8, 5: 8}], Failure("n3", "ranks 4, 5 hung: the others waited there")),
+        ([{0: 9, 1: 8}, {2: 8, 3: 9}, {4: 9, 5: 9}], Failure("", "ranks 1, 2 hung: the others waited there (n1, n2)")),
+        ([{0: 9, 1: 9}, {2: 9, 3: 9}, {4: 9, 5: 9}], Failure("", "no sign; no rank is behind the others")),
+        ([{0: 9, 1: 9}, {}, {4: 9, 5: 8}], Failure("", "no sign; no rank is behind the others")),
+    ],
+)
+def test_who_the_others_waited_for_is_to_blame_for_a_hang(
+    came: list[dict[int, int]], blamed: Failure, tmp_path: Path
+) -> None:
+    meetings = nodes(tmp_path)
+    meetings[0].fail("no sign", hung=True)
+    for node, exchanges in zip(meetings, came, strict=True):
+        node.came(exchanges)
+    ends = {"n1": 1, "n2": 1, "n3": 1}
+    assert meetings[0].blamed(ends) == blamed
+    meetings[2].stuck("1 of its 2 ranks hung")
+    assert meetings[0].blamed(ends).host == "n3", "a process that is stopped needs no guess"
+
+
+def test_a_node_that_is_alone_hung_by_itself(tmp_path: Path) -> None:
+    node = Meeting(tmp_path, Allocation("12", 0, ("n1",), 0, 2), 0)
+    node.fail("no sign", hung=True)
+    node.came({0: 9, 1: 9})
+    assert node.blamed({"n1": 1}) == Failure("n1", "no sign", hung=True)
+    node.came({0: 9, 1: 8})
+    assert node.blamed({"n1": 1}) == Failure("n1", "rank 1 hung: the others waited there")
+
+
 def test_ends_are_waited_for_a_while(tmp_path: Path) -> None:
     first, second, third = nodes(tmp_path)
     first.end(75)

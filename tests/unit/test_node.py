@@ -1,15 +1,17 @@
 """What a node of a job makes of its ranks' exit codes, and how a hang ends."""
 
+import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from clipdist import world
+from clipdist import heartbeat, world
 from clipdist.cluster.node import FIRST_PORT, PORTS, free_port, outcome
 from clipdist.train.command import note_exit_code
 from clipdist.train.signals import StopRequest
@@ -89,6 +91,20 @@ def test_no_progress_ends_a_process_with_its_stacks() -> None:
 def test_who_is_not_watched_any_more_may_take_its_time() -> None:
     words = [sys.executable, "-c", HANG.format(then="heartbeat.watch(0); time.sleep(1); raise SystemExit(7)")]
     assert subprocess.run(words, capture_output=True, timeout=60).returncode == 7
+
+
+def test_a_rank_tells_its_node_how_far_it_has_come(tmp_path: Path) -> None:
+    """Until the end, and beyond: what a killed rank has written stays."""
+    code = HANG.format(then="from clipdist import world; world.traffic.on_entry(); world.traffic.on_entry()")
+    environment = {**os.environ, world.EXIT_CODES: str(tmp_path), "RANK": "5"}
+    began = time.time()
+    subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, env=environment)
+    (rank, sign), *others = heartbeat.signs(tmp_path).items()
+    assert (rank, sign.limit, sign.exchanges, others) == (5, 0.5, 2, [])
+    assert began < sign.time < time.time() - 0.5
+    assert sign.overdue()
+    assert not sign._replace(time=time.time()).overdue()
+    assert not sign._replace(limit=0).overdue()
 
 
 def test_signals_that_the_launcher_ignores_reach_the_ranks() -> None:

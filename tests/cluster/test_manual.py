@@ -77,7 +77,7 @@ def test_every_command_works(reader: Reader) -> None:
         if line.startswith("clipdist board"):
             continue  # it stays until Ctrl-C; tests/unit/test_board.py opens it
         if line.startswith("python launch/submit.py") and "--dry-run" not in line:
-            line += f" {CPU} name=submitted --no-preflight"
+            line += f" {CPU} --no-preflight"
         if line.startswith("python launch/sweep.py") and "--show" not in line:
             line += f" {CPU} --no-preflight"
         if "slurm/pack.sh" in line:

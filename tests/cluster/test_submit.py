@@ -84,13 +84,13 @@ def test_preempted(start: Callable[..., Job], slurm: LocalSlurm, undisturbed: Pa
 
 @pytest.mark.slow
 def test_a_task_itself_is_killed(start: Callable[..., Job], undisturbed: Path) -> None:
-    """Then nobody decides but the script around it."""
+    """Then nobody decides but the script around it, once the other node has waited for a verdict long enough."""
     job = start()
     job.reach(6)
     task = job.ranks()[0].parents()[1]
     assert "submitit.core._submit" in task.cmdline()
     task.kill()
-    assert job.finish()["Restarts"] == "1"
+    assert job.finish(seconds=400)["Restarts"] == "1"
     assert_the_same(job.run, undisturbed)
 
 

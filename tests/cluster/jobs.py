@@ -85,7 +85,13 @@ class Job:
         return self.nodes()
 
     def nodes(self) -> list[str]:
-        return self.slurm.run("scontrol", "show", "hostnames", self.slurm.job(self.number)["NodeList"]).split()
+        """Of a job that waits for some, none."""
+        listed = self.slurm.job(self.number)["NodeList"]
+        return [] if listed == "(null)" else self.slurm.run("scontrol", "show", "hostnames", listed).split()
+
+    def leave(self) -> None:
+        """Ends it for good, whatever it is at: a job that fails its test must not disturb the next one."""
+        self.slurm.run("scancel", self.number)
 
     def said(self, whole: bool = False) -> str:
         text = self.log.read_text(errors="replace") if self.log.exists() else ""

@@ -155,6 +155,7 @@ def test_ten_random_faults(
         for rank in job.ranks():
             with suppress(psutil.Error):
                 rank.send_signal(signal.SIGCONT)
+        job.leave()
     starts = json.loads((job.run / "environment.json").read_text())["starts"]
     with capsys.disabled():
         print(f"\nseed {seed}: {time.monotonic() - began:.0f} s, {len(starts)} starts, {found['Restarts']} requeues")

@@ -19,7 +19,7 @@ from tests.cluster.jobs import Job, assert_the_same
 from tests.cluster.slurm import NODES, LocalSlurm
 from tests.distributed.test_training import column
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(3600)]
 RUNS = int(os.environ.get("CLIPDIST_FAULT_RUNS", "1"))
 FAULTS, EPOCHS, STEPS = 10, 40, 240
 WORDS = ("train.hang_minutes=0.15", f"train.epochs={EPOCHS}", "evaluate.every_epochs=8")
@@ -35,7 +35,7 @@ def long_and_undisturbed(
 ) -> Path:
     folder = tmp_path_factory.mktemp("long")
     (folder / "data").symlink_to(undisturbed / "data")
-    Job(slurm, folder, cluster_recipe(folder), raw, words=WORDS).finish()
+    Job(slurm, folder, cluster_recipe(folder), raw, words=WORDS).finish(seconds=900)
     return folder
 
 
@@ -149,7 +149,7 @@ def test_ten_random_faults(
                 reach(job, number * (STEPS - 20) // FAULTS + dice.randrange(1, 15))
             told.append((faults.any(), max(column(job.run, "train/loss"), default=0)))
         faults.heal()
-        found = job.finish(seconds=600)
+        found = job.finish(seconds=900)
     finally:
         faults.heal()
         for rank in job.ranks():
@@ -165,7 +165,7 @@ def test_ten_random_faults(
     assert_the_same(job.run, long_and_undisturbed, last=STEPS)
 
 
-def reach(job: Job, step: int, seconds: float = 240) -> None:
+def reach(job: Job, step: int, seconds: float = 400) -> None:
     """Until the run has logged this step, hastening the job where it waits in the queue."""
     end = time.monotonic() + seconds
     pending_since = time.monotonic()

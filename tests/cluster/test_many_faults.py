@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from clipdist.train.metrics import last_step
 from tests.cluster.jobs import Job, assert_the_same
 from tests.cluster.slurm import NODES, LocalSlurm
-from tests.distributed.test_training import column
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(3600)]
 RUNS = int(os.environ.get("CLIPDIST_FAULT_RUNS", "1"))
@@ -147,7 +147,7 @@ def test_ten_random_faults(
             # Not always in the middle of training: some come while the job starts, or is about to.
             if dice.random() < 0.8:
                 reach(job, number * (STEPS - 20) // FAULTS + dice.randrange(1, 15))
-            told.append((faults.any(), max(column(job.run, "train/loss"), default=0)))
+            told.append((faults.any(), last_step(job.run)))
         faults.heal()
         found = job.finish(seconds=900)
     finally:
@@ -169,7 +169,7 @@ def reach(job: Job, step: int, seconds: float = 400) -> None:
     """Until the run has logged this step, hastening the job where it waits in the queue."""
     end = time.monotonic() + seconds
     pending_since = time.monotonic()
-    while not ((job.run / "metrics.jsonl").exists() and max(column(job.run, "train/loss"), default=0) >= step):
+    while last_step(job.run) < step:
         state = job.slurm.job(job.number)["JobState"]
         assert state in ("RUNNING", "PENDING", "COMPLETING", "PREEMPTED", "REQUEUED", "NODE_FAIL"), (
             f"{state}: {job.said()}"

@@ -22,10 +22,12 @@ Criterion = Callable[..., Tensor]
 
 
 class Gradient(NamedTuple):
-    """What a step knows after its backward pass, equal on all ranks."""
+    """What a step knows after its backward pass, equal on all ranks where nothing else is said."""
 
     loss: float
     logit_scale: float
+    feature_sums_2D: Tensor
+    """Of the image and of the text features of this rank's rows; theirs alone."""
 
 
 def compute_gradient(
@@ -49,7 +51,7 @@ def compute_gradient(
             encoded = engine.forward(inputs)
             loss = criterion(*encoded, group_b=group_b)
             engine.backward(loss)
-        return Gradient(float(loss.detach()), float(encoded.logit_scale.detach()))
+        return _gradient(loss, encoded)
     parts = inputs.split(micro_batch)
     kept, leaves = _embed(engine, parts, seed)
     loss = criterion(*leaves, group_b=group_b)
@@ -63,7 +65,13 @@ def compute_gradient(
         with engine.accumulating(last):
             here = slice(number * micro_batch, (number + 1) * micro_batch)
             engine.backward(_surrogate(engine.forward(part), leaves, here, last))
-    return Gradient(float(loss.detach()), float(leaves.logit_scale.detach()))
+    return _gradient(loss, leaves)
+
+
+def _gradient(loss: Tensor, encoded: Encoded) -> Gradient:
+    features = (encoded.image_features_bD, encoded.text_features_bD)
+    sums_2D = torch.stack([feature_bD.detach().float().sum(0) for feature_bD in features])
+    return Gradient(float(loss.detach()), float(encoded.logit_scale.detach()), sums_2D)
 
 
 def _embed(engine: Engine, parts: list[Inputs], seed: Callable[[int], None]) -> tuple[Encoded, Encoded]:

@@ -31,6 +31,7 @@ from clipdist.model.dual_encoder import DualEncoder
 from clipdist.model.freeze import StageConfig, apply_stage, stage_of, unused_parameters
 from clipdist.train.bad_samples import BadSamples
 from clipdist.train.checkpoint import CheckpointSaver, read_checkpoint
+from clipdist.train.collapse import CollapseWatch
 from clipdist.train.config import check
 from clipdist.train.ema import WeightAverage
 from clipdist.train.engine import PRECISIONS, Engine, Inputs
@@ -111,6 +112,7 @@ class Trainer:
         self.writer = MetricsWriter(here[0], config.log, here[1]) if self.world.is_main else None
         self.bad_samples = BadSamples(*here)
         self.stragglers = Stragglers(self.device)
+        self.collapse = CollapseWatch(self.criterion, config.train.global_batch, self.order.steps_per_epoch)
         self.interval = Interval()
 
     def _tokenizer(self) -> Tokenizer:
@@ -267,6 +269,7 @@ class Trainer:
             for buffer, before in statistics:
                 buffer.copy_(before)
         self._note_step(batch, finite)
+        self.collapse.note(gradient.loss, gradient.feature_sums_2D, batch.group_b)
         return {
             "train/loss": gradient.loss,
             "train/lr": lr,
@@ -333,6 +336,7 @@ class Trainer:
             **memory(self.device),
             **exchanges,
             **slowest,
+            **self.collapse.measure(),
         }
         if interval.checkpoint_seconds:
             record["perf/checkpoint_stall_seconds"] = interval.checkpoint_seconds
@@ -346,6 +350,8 @@ class Trainer:
             record |= arithmetic(flops, record["perf/step_seconds"], self.world.world_size, peak)
         if self.writer:
             self.writer.write(self.progress.step, self.epoch_of(self.progress.step - 1), record)
+            if wrong := self.collapse.judge(record):
+                logger.warning("step %d: %s", self.progress.step, wrong)
         self.interval = Interval()
         return record
 

@@ -4,9 +4,11 @@ python launch/sweep.py launch/recipes/skincap.yaml --name towers --partition gpu
     model.image.name=timm:resnet50,timm:convnext_tiny optim.lr=1e-4,3e-4,1e-3 train.epochs=20
 python launch/sweep.py launch/recipes/skincap.yaml --name chance --partition gpu --random 20 --sweep-seed 0 \\
     "optim.lr=log(1e-5,1e-2)" "model.projection.dropout=uniform(0,0.5)" "model.width=choice(256,512)"
+python launch/sweep.py @launch/sweeps/skincap_towers.txt --partition gpu --gpus-per-node 1
 python launch/sweep.py --show runs/towers
 
-A word gives a key its values:
+@FILE stands for the words and options in that file, one to a line; lines that begin with # are left out. A word gives
+a key its values:
 
   key=a              one value for all runs, in YAML, as on the command line of a training
   key=a,b,c          a grid: every value, combined with every value of the other grids
@@ -14,6 +16,7 @@ A word gives a key its values:
   key=uniform(a,b)   drawn evenly between a and b                      } a decimal number of six digits
   key=choice(a,b,…)  one of the values
   key=range(a,b,s)   one of a, a+s, a+2s, … up to b; whole numbers where all three are
+  one+two=[a,b],[c,d]  keys that take their values together: here two runs, not four
 
 Commas in brackets or quotes part nothing: train.stages=[{from_epoch: 0, image: none}] is one value, and so is
 key='a,b'. Where some keys are a grid and others are drawn, every combination of the grid runs with every draw. Draw
@@ -77,10 +80,18 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"what comes of it: python launch/sweep.py --show {planned.folder}")
 
 
+class Parser(argparse.ArgumentParser):
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        line = line.strip()
+        return [line] if line and not line.startswith("#") else []
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     from clipdist.cluster import submit
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@"
+    )
     parser.add_argument("recipe", nargs="?", type=Path, help="YAML recipe, such as launch/recipes/skincap.yaml")
     parser.add_argument("words", nargs="*", metavar="key=value", help="one value, several, or what they are drawn from")
     parser.add_argument("--name", help="of the sweep, and of its folder among the runs")

@@ -95,15 +95,16 @@ def plan(recipe: Path, words: Sequence[str], name: str, draws: int = 0, seed: in
     keys = read_words(words)
     _check_count(keys, draws, at_most)
     varying = [key for key in keys if key.varies]
+    names = [name for key in varying for name in key.names]
     configs: dict[str, RunConfig] = {}
     values: dict[str, dict[str, Any]] = {}
     for combination in combinations(keys, draws, seed):
-        differs = [word for word, key in zip(combination, keys, strict=True) if key.varies]
+        differs = [word for word in combination if word.partition("=")[0] in names]
         try:
             config = load_config(recipe, combination)
         except UserError as error:
             raise UserError(f"{' '.join(differs)}: {error}") from None
-        own = {key.key: _value(plain(config), key.key) for key in varying}
+        own = {name: _value(plain(config), name) for name in names}
         called = run_name(own)
         if called in configs:
             if not draws:
@@ -152,7 +153,7 @@ def resumed(planned: Plan, draws: int, seed: int, force: bool = False) -> Record
     Raises `UserError` where the sweep there has other keys, or was made of a recipe that differs in what defines the
     maths, unless `force`; and where the folder is no sweep's.
     """
-    keys = {key.key: key.search or "grid" for key in planned.keys}
+    keys = {name: key.search or "grid" for key in planned.keys for name in key.names}
     first = next(iter(planned.configs.values()))
     base = {key: value for key, value in plain(first).items() if key not in ("name", "runs")}
     record = Record(str(planned.recipe), planned.words, draws, seed, keys, base)

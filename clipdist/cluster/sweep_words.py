@@ -20,6 +20,7 @@ NOT_SEARCHED = {
     "small": "it changes other keys",
     "evaluate.monitor": "it is what the runs are compared by",
 }
+JOIN = "+"
 _DIGITS = 6
 _OPEN, _CLOSE = "([{", ")]}"
 
@@ -27,7 +28,9 @@ _OPEN, _CLOSE = "([{", ")]}"
 @dataclass(frozen=True)
 class Key:
     """A key and the values that it takes, as texts in YAML: one is the same for all runs, several make a grid. With
-    `search`, log or uniform, a value is drawn between the numbers `ends`; with choice or range, one of `texts`."""
+    `search`, log or uniform, a value is drawn between the numbers `ends`; with choice or range, one of `texts`.
+
+    Several keys joined by + take their values together: each text is a list with one for each of them."""
 
     key: str
     texts: tuple[str, ...] = ()
@@ -37,6 +40,16 @@ class Key:
     @property
     def varies(self) -> bool:
         return bool(self.search) or len(self.texts) > 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The keys that are meant: one, or several together."""
+        return tuple(self.key.split(JOIN))
+
+    def words(self, text: str) -> list[str]:
+        """The `key=value` words of one of its texts."""
+        values = [text] if len(self.names) == 1 else _members(text, self.names, self.key)
+        return [f"{name}={value}" for name, value in zip(self.names, values, strict=True)]
 
     def draw(self, seed: int, number: int) -> str:
         """The value of draw `number`, which depends on the key, `seed` and `number` alone."""
@@ -55,7 +68,7 @@ class Key:
 def read_words(words: Sequence[str]) -> list[Key]:
     """Each word as what it means, in their order. Raises `UserError` for one that means nothing."""
     keys = [_read_word(word) for word in words]
-    names = [key.key for key in keys]
+    names = [name for key in keys for name in key.names]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{', '.join(twice)}: given twice; write all values in one word, such as {twice[0]}=1,2")
     return keys
@@ -72,7 +85,7 @@ def combinations(keys: Sequence[Key], draws: int, seed: int) -> Iterator[list[st
     for number in range(max(1, draws)):
         texts = [(key.draw(seed, number),) if key.search else key.texts for key in keys]
         for combination in itertools.product(*texts):
-            yield [f"{key.key}={text}" for key, text in zip(keys, combination, strict=True)]
+            yield [word for key, text in zip(keys, combination, strict=True) for word in key.words(text)]
 
 
 def run_name(values: dict[str, Any]) -> str:
@@ -118,11 +131,29 @@ def _read_word(word: str) -> Key:
         (call,) = called
         assert call
         found = _read_search(key, call[1], call[2], word)
-    if found.varies and (why := NOT_SEARCHED.get(key)):
-        raise UserError(f"{word!r}: {key} cannot be searched over: {why}")
-    if key == "name":
-        raise UserError(f"{word!r}: {NOT_SEARCHED[key]}")
+    for name in found.names:
+        if found.varies and (why := NOT_SEARCHED.get(name)):
+            raise UserError(f"{word!r}: {name} cannot be searched over: {why}")
+        if name == "name":
+            raise UserError(f"{word!r}: {NOT_SEARCHED[name]}")
+    if len(found.names) > 1:
+        if found.search not in ("", "choice"):
+            raise UserError(f"{word!r}: keys together take lists of values, not numbers of {found.search}")
+        for text in found.texts:
+            _members(text, found.names, word)
     return found
+
+
+def _members(text: str, names: Sequence[str], word: str) -> list[str]:
+    """The values in a list, one for each name."""
+    inside = text.strip()
+    parts = _split(inside[1:-1], word) if inside.startswith("[") and inside.endswith("]") else []
+    if len(parts) != len(names) or not all(names):
+        raise UserError(
+            f"{word!r}: found {text}, expected a list with a value for each of {', '.join(names)}, such as "
+            f"[{','.join('…' for _ in names)}]"
+        )
+    return parts
 
 
 def _read_search(key: str, kind: str, inside: str, word: str) -> Key:

@@ -101,6 +101,11 @@ def test_commas_part_values_outside_of_brackets_and_quotes(word: str, texts: tup
         ("name=x", "--name names the sweep"),
         ("runs=a,b", "runs cannot be searched over"),
         ("evaluate.monitor=val/loss,val/mean_R@1", "what the runs are compared by"),
+        ("a+b=[1,2],[3]", "found [3], expected a list with a value for each of a, b, such as […,…]"),
+        ("a+b=1,2", "found 1, expected a list with a value for each of a, b"),
+        ("a+=[1,2]", "found [1,2], expected a list"),
+        ("a+b=log(1,2)", "keys together take lists of values, not numbers of log"),
+        ("a+runs=[1,2],[3,4]", "runs cannot be searched over"),
     ],
 )
 def test_words_that_mean_nothing(word: str, said: str) -> None:
@@ -113,6 +118,37 @@ def test_words_that_mean_nothing(word: str, said: str) -> None:
 def test_a_key_stands_once() -> None:
     with pytest.raises(UserError, match=r"optim.lr: given twice"):
         read_words(["optim.lr=1,2", "optim.lr=3"])
+    with pytest.raises(UserError, match=r"optim.lr: given twice"):
+        read_words(["optim.lr+train.epochs=[1,2],[3,4]", "optim.lr=3"])
+
+
+def test_keys_that_take_their_values_together(recipe: Callable[..., Path]) -> None:
+    keys = read_words(["a+b.c=[1,[2,3]],['x,y',null]", "d=5,6", "e+f=choice([0,1],[2,3])"])
+    assert count(keys, 1) == 4
+    made = list(combinations(keys, 1, 0))
+    assert [words[:3] for words in made] == [
+        ["a=1", "b.c=[2,3]", "d=5"],
+        ["a=1", "b.c=[2,3]", "d=6"],
+        ["a='x,y'", "b.c=null", "d=5"],
+        ["a='x,y'", "b.c=null", "d=6"],
+    ]
+    assert all(words[3:] in (["e=0", "f=1"], ["e=2", "f=3"]) for words in made)
+    planned = plan(recipe(), ["optim.lr+train.epochs=[1e-3,3],[1e-4,5]"], "together")
+    assert [(c.optim.lr, c.train.epochs) for c in planned.configs.values()] == [(1e-3, 3), (1e-4, 5)]
+    assert list(planned.values.values()) == [
+        {"optim.lr": 1e-3, "train.epochs": 3},
+        {"optim.lr": 1e-4, "train.epochs": 5},
+    ]
+    assert resumed(planned, 0, 0).keys == {"optim.lr": "grid", "train.epochs": "grid"}
+
+
+@pytest.mark.parametrize(("file", "runs"), [("towers", 8), ("rates", 60), ("temperatures", 7)])
+def test_the_sweeps_of_a_file(file: str, runs: int, shapes: Path) -> None:
+    """What stands after the file on the command line counts, too."""
+    path = f"@launch/sweeps/skincap_{file}.txt"
+    done = run(path, *CPU, "--cluster", "local", "--dry-run", f"data.set={shapes}")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^new ", done.stdout, re.MULTILINE)) == runs
 
 
 def test_a_grid_is_every_combination_with_every_draw() -> None:

@@ -2,6 +2,7 @@
 
 python shards/skincap.py RAW --out data/skincap                                        # GPT-4's English captions
 python shards/skincap.py RAW --out data/skincap-google --table skincap_v240715.xlsx    # Google Translate's
+python shards/skincap.py RAW --out data/skincap-77 --condense 77                       # by T5-small, to 77 tokens
 """
 
 import argparse
@@ -11,6 +12,7 @@ from clipdist.cli import run_script
 from clipdist.data.sets.pack import pack_pairs
 from clipdist.data.sets.pack_command import add_packing_arguments, packing_options, parse_fractions
 from clipdist.data.sets.tables import split_pairs
+from clipdist.prepare.captions import add_condensing_arguments, condensed_by
 from clipdist.prepare.skincap import read_skincap
 
 LICENSE = (
@@ -26,6 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--table", help="default: skincap_v240623.csv, or skincap_v240715.xlsx if only that is there")
     parser.add_argument("--caption", help="default: caption_zh_polish_en, or caption_en of the workbook")
     parser.add_argument("--split", nargs="+", default=["train=0.8", "val=0.2"], metavar="NAME=FRACTION")
+    add_condensing_arguments(parser)
     add_packing_arguments(parser, side=256, format="jpg", quality=95)
     args = parser.parse_args(arguments)
 
@@ -33,13 +36,14 @@ def main(arguments: list[str] | None = None) -> None:
     found = read_skincap(args.raw, table=args.table, caption=args.caption)
     print(f"{found.notes['table']}, {found.notes['caption_column']}: {found.notes['rows']} rows; ", end="")
     print("left out: " + ", ".join(f"{count} {why}" for why, count in found.notes["left_out"].items()))
+    pairs, condensed = condensed_by(args, found.pairs)
     summary = pack_pairs(
-        split_pairs(found.pairs, fractions, args.seed),
+        split_pairs(pairs, fractions, args.seed),
         args.out,
         rejected=found.rejected,
         license_text=LICENSE,
         sources=found.sources,
-        notes={"skincap": found.notes, "split": {"fractions": fractions, "seed": args.seed}},
+        notes={"skincap": found.notes, "split": {"fractions": fractions, "seed": args.seed}, **condensed},
         **options,
     )
     print(summary)

@@ -130,7 +130,8 @@ def test_verbs_and_their_options_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", named(PAGES))
 def test_options_of_scripts_exist(page: Path) -> None:
     library = ROOT / "clipdist"
-    shared = text_of(library / "data" / "sets" / "pack_command.py") + text_of(library / "cluster" / "submit.py")
+    adding = ("data/sets/pack_command.py", "cluster/submit.py", "prepare/captions.py")  # arguments to several scripts
+    shared = "".join(text_of(library / path) for path in adding)
     for words in commands(page):
         for n, word in enumerate(words):
             if re.fullmatch(rf"({'|'.join(SCRIPT_FOLDERS)})/\w+\.py", word):

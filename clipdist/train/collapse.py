@@ -17,7 +17,7 @@ WINDOW = 200
 """Steps, or an epoch where that has fewer, over which the loss is averaged."""
 AT_CHANCE = 0.99
 """Of what can be gained on chance, the share that a run which learns nothing has still to gain."""
-ALIKE = 0.02
+ALIKE = 0.005
 """Mean cosine distance of two rows of a batch below which a tower gives all of them the same vector."""
 
 
@@ -84,13 +84,13 @@ class CollapseWatch:
         learns = self.kind == "infonce" and chance - loss > (1 - AT_CHANCE) * (chance - floor)
         if learns or not alike:
             return None
-        towers = " and ".join(alike)
+        towers = f"{' and '.join(alike)} tower{'s give' if len(alike) > 1 else ' gives'}"
         return self._once(
-            towers,
-            f"collapsed: the {towers} tower gives every input of a batch nearly the same vector (mean cosine distance "
+            "towers",
+            f"collapsed: the {towers} every input of a batch nearly the same vector (mean cosine distance "
             + ", ".join(f"{values[f'train/{name}_spread']:.4f}" for name in alike)
-            + f"); {at}. Try model.text.pooling=mean, optim.warmup_steps, a lower optim.lr, towers frozen in the first "
-            f"epochs (train.stages), model.projection.layer_norm=true",
+            + f"); {at}. Start anew with optim.warmup_steps or a lower optim.lr, with towers frozen in the first epochs "
+            f"(train.stages), with model.text.pooling=mean or model.projection.layer_norm=true",
         )
 
     def _once(self, what: str, words: str) -> str | None:

@@ -67,7 +67,7 @@ def test_a_tower_that_says_the_same_of_everything_is_named() -> None:
     assert "collapsed: the text tower gives every input" in said
     assert "ln 16 = 2.77 is chance" in said
     _, said = watch(alike, alike, CHANCE)
-    assert "the image and text tower" in str(said)
+    assert "the image and text towers give" in str(said)
     assert watch(spread, alike, CHANCE - 0.3)[1] is None, "it learns all the same"
     assert watch(spread, spread, CHANCE)[1] is None, "early, or too hard, but not collapsed"
     _, said = watch(spread, alike, 0.7, criterion=ContrastiveLoss("sigmoid"))

@@ -125,7 +125,7 @@ def precision_of(ranks_qP: Tensor, ks: Sequence[int]) -> tuple[Tensor, Tensor]:
     counts_q = found_qP.sum(dim=1).double()
     place_P = torch.arange(1, ranks_qP.shape[1] + 1, device=ranks_qP.device, dtype=torch.float64)
     average_q = torch.where(found_qP, place_P / ranks_qP.clamp(min=1), 0).sum(dim=1) / counts_q
-    at_qK = torch.stack([((ranks_qP <= k) & found_qP).sum(dim=1) / k for k in ks], dim=1).double()
+    at_qK = torch.stack([((ranks_qP <= k) & found_qP).sum(dim=1).double() / k for k in ks], dim=1)
     return average_q, at_qK.where(counts_q[:, None] > 0, torch.nan)
 
 

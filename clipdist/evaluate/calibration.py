@@ -27,7 +27,11 @@ from clipdist.evaluate.estimates import (
 )
 
 BINS = 15
-_LOWEST, _HIGHEST = 1e-3, 1e3
+BOUNDS = 1e-3, 1e3
+AT_BOUND = (
+    "the temperature fitted stands at its bound: on the split it was fitted on the model is always right, or its "
+    "probabilities say nothing"
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,13 @@ class CalibrationScores:
             **{name: getattr(self, name).to_dict() for name in ("ece", "nll", "brier")},
             "rows": self.rows,
             "bins": [
-                {"low": b.low, "high": b.high, "rows": b.rows, "confidence": b.confidence, **b.accuracy.to_dict()}
+                {
+                    "low": b.low,
+                    "high": b.high,
+                    "rows": b.rows,
+                    "confidence": b.confidence,
+                    "accuracy": b.accuracy.to_dict(),
+                }
                 for b in self.bins
             ],
         }
@@ -69,8 +79,8 @@ def fit_temperature(logits_NC: np.ndarray, label_N: np.ndarray | Sequence[int]) 
     calibration of modern neural networks", section 4.2). Rows with a negative label are left out.
 
     Fit it on other rows than those whose calibration is then measured. The likelihood is convex in 1/T; where it has no
-    minimum between 0.001 and 1000 times the logits' own scale (every row right, or the logits worse than none), the
-    nearest end is given. Raises `UserError` when no row has a label.
+    minimum between T = 0.001 and T = 1000 (every row right, or the logits worse than none), the nearer end is given.
+    Raises `UserError` when no row has a label.
     """
     label_N = np.asarray(label_N)
     logits = np.asarray(logits_NC, np.float64)[label_N >= 0]
@@ -83,7 +93,12 @@ def fit_temperature(logits_NC: np.ndarray, label_N: np.ndarray | Sequence[int]) 
         """The derivative of the negative log-likelihood by 1/T."""
         return float(((np.exp(log_softmax(inverse * logits)) * logits).sum(axis=1) - true).mean())
 
-    low, high = math.log(_LOWEST), math.log(_HIGHEST)
+    lowest, highest = BOUNDS
+    if slope(1 / highest) >= 0:
+        return highest
+    if slope(1 / lowest) <= 0:
+        return lowest
+    low, high = -math.log(highest), -math.log(lowest)
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if slope(math.exp(middle)) > 0 else (middle, high)
@@ -145,7 +160,8 @@ def calibration_table(before: CalibrationScores, after: CalibrationScores | None
     for name, one in (("as trained", before), (f"divided by T = {temperature or 1:.3g}", after)):
         if one is not None:
             rows.append([f"  {name}", f"{one.rows:,}", *(cell(score) for score in (one.ece, one.nll, one.brier))])
-    return "\n".join(aligned(rows))
+    at_bound = temperature is not None and not BOUNDS[0] < temperature < BOUNDS[1]
+    return "\n".join([*aligned(rows), *([AT_BOUND] if at_bound else [])])
 
 
 def _ece_of(confidence_Q: np.ndarray, right_Q: np.ndarray, bin_Q: np.ndarray, bins: int) -> Statistic:

@@ -187,19 +187,27 @@ def log_softmax(logits_NC: np.ndarray) -> np.ndarray:
 def auroc_of(score_Q: np.ndarray, positive_Q: np.ndarray) -> Statistic:
     """The area under the ROC curve of a score; undefined without positives or without negatives."""
     order = np.argsort(score_Q, kind="stable")
-    sorted_Q = np.asarray(score_Q)[order]
-    starts = np.flatnonzero(np.concatenate([[True], sorted_Q[1:] != sorted_Q[:-1]]))
-    right_Q = np.asarray(positive_Q, np.float64)[order]
+    sorted_Q, right = np.asarray(score_Q)[order], np.flatnonzero(np.asarray(positive_Q)[order])
+    # Where each positive's ties begin and end, among all and among the positives alone.
+    bounds_2P = [np.searchsorted(sorted_Q, sorted_Q[right], side=side) for side in ("left", "right")]
+    among_2P = [np.searchsorted(sorted_Q[right], sorted_Q[right], side=side) for side in ("left", "right")]
 
     def statistic(times_rQ: np.ndarray) -> np.ndarray:
         times_rQ = times_rQ[:, order]
-        positive = np.add.reduceat(times_rQ * right_Q, starts, axis=1)
-        negative = np.add.reduceat(times_rQ * (1 - right_Q), starts, axis=1)
-        below = negative.cumsum(axis=1) - negative
-        pairs = positive.sum(axis=1) * negative.sum(axis=1)
-        return divided((positive * (below + negative / 2)).sum(axis=1), pairs)
+        positive_rP = times_rQ[:, right]
+        everything, positives = _cumulated(times_rQ), _cumulated(positive_rP)
+        below_rP = sum(everything[:, b] for b in bounds_2P) - sum(positives[:, b] for b in among_2P)
+        P_r = positives[:, -1]
+        return divided((positive_rP * below_rP).sum(axis=1) / 2, P_r * (everything[:, -1] - P_r))
 
     return statistic
+
+
+def _cumulated(times_rQ: np.ndarray) -> np.ndarray:
+    """[r, Q + 1]: the sum of all entries before each place."""
+    found = np.zeros((len(times_rQ), times_rQ.shape[1] + 1))
+    np.cumsum(times_rQ, axis=1, out=found[:, 1:])
+    return found
 
 
 def balanced_accuracy_of(correct_Q: np.ndarray, label_Q: np.ndarray) -> Statistic:

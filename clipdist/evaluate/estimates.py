@@ -45,16 +45,25 @@ def estimates(
     statistic (no positives in it, say) is left out of its interval; where that befalls more than half of them, or there
     is only one unit, the interval is None. Memory: some blocks of 4M numbers, or of one resample where that is more.
     """
+    return {
+        name: Estimate(value, *percentiles(drawn_R))
+        for name, (value, drawn_R) in resampled(statistics, unit_Q, bootstrap=bootstrap, seed=seed).items()
+    }
+
+
+def resampled(
+    statistics: Mapping[str, Statistic], unit_Q: np.ndarray, *, bootstrap: int = 1000, seed: int = 0
+) -> dict[str, tuple[float, np.ndarray]]:
+    """Each statistic of all queries, and of every resample: float64 [bootstrap], or empty with one unit alone."""
     once_1Q = np.ones((1, len(unit_Q)))
     values = {name: float(statistic(once_1Q)[0]) for name, statistic in statistics.items()}
     unit_Q = np.unique(unit_Q, return_inverse=True)[1]
-    if bootstrap == 0 or unit_Q.max() == 0:
-        return {name: Estimate(value) for name, value in values.items()}
-    drawn: dict[str, list[np.ndarray]] = {name: [] for name in statistics}
-    for times_rQ in _resamples(unit_Q, bootstrap, seed):
-        for name, statistic in statistics.items():
-            drawn[name].append(statistic(times_rQ))
-    return {name: Estimate(values[name], *percentiles(np.concatenate(drawn[name]))) for name in statistics}
+    drawn: dict[str, list[np.ndarray]] = {name: [np.zeros(0)] for name in statistics}
+    if unit_Q.max() > 0:
+        for times_rQ in _resamples(unit_Q, bootstrap, seed):
+            for name, statistic in statistics.items():
+                drawn[name].append(statistic(times_rQ))
+    return {name: (values[name], np.concatenate(drawn[name])) for name in statistics}
 
 
 def _resamples(unit_Q: np.ndarray, bootstrap: int, seed: int) -> Iterator[np.ndarray]:
@@ -72,7 +81,7 @@ def _resamples(unit_Q: np.ndarray, bootstrap: int, seed: int) -> Iterator[np.nda
 def percentiles(drawn_R: np.ndarray) -> tuple[float | None, float | None]:
     """The ends of the interval that holds 95 % of the values that are defined; None when fewer than half are."""
     defined = drawn_R[np.isfinite(drawn_R)]
-    if 2 * len(defined) < len(drawn_R):
+    if not len(defined) or 2 * len(defined) < len(drawn_R):
         return None, None
     low, high = np.quantile(defined, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)

@@ -3,7 +3,9 @@
 Suffixes of names: N training rows, M evaluated rows, C classes or labels, F feature width.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,6 +31,8 @@ from clipdist.evaluate.estimates import (
     without_nan,
 )
 from clipdist.prepare.splits import split_by
+
+logger = logging.getLogger(__name__)
 
 FRACTIONS = (0.01, 0.1, 1.0)
 STRENGTHS = tuple(10.0**power for power in range(-5, 3))
@@ -104,6 +108,8 @@ def probe_scores(
     train_y, y = np.asarray(train_labels), np.asarray(labels)
     problem: _Problem = (_Labels if train_y.ndim == 2 else _Classes)(classes, y, units, bootstrap, seed)
     problem.check(train_features_NF, train_y, features_MF)
+    # Small shares of many classes are what is asked for; that there are few rows of each is no news.
+    warnings.filterwarnings("ignore", message="The number of unique classes is greater than 50%", module="sklearn")
     train_unit_N = unit_numbers(train_units, len(train_y))
     found = []
     for kind in ("linear", "knn"):
@@ -116,6 +122,20 @@ def probe_scores(
                 fit = partial(_nearest, X=X, features_MF=features_MF, neighbours=neighbours)
             logits, C = problem.each(share_y, fit)
             found.append(problem.scored(kind, fraction, share_y, logits, C))
+    return found
+
+
+def label_matrix(fields: Sequence[Mapping[str, Any]], names: Sequence[str]) -> np.ndarray:
+    """float64 [rows, C]: 1 where a sample's field is 1 or true, 0 where it is 0 or false, NaN for anything else.
+
+    So CheXpert's -1 (uncertain) and its empty cells are not known. Raises `UserError` for a field without any 0 or 1.
+    """
+    meaning = {"1": 1.0, "1.0": 1.0, "True": 1.0, "true": 1.0, "0": 0.0, "0.0": 0.0, "False": 0.0, "false": 0.0}
+    found = np.array([[meaning.get(str(one.get(name)), np.nan) for name in names] for one in fields])
+    for number, name in enumerate(names):
+        if np.isnan(found[:, number]).all():
+            known = sorted({key for one in fields for key in one})
+            raise UserError(f"field {name!r}: no sample has 0 or 1 there; the fields are: {', '.join(known) or '-'}")
     return found
 
 
@@ -237,15 +257,21 @@ def _linear(
             if score > best + 1e-9:  # of equal ones the most regularised
                 best, chosen = score, C
     model = _regression(X, y, 0.01 if chosen is None else chosen)
+    if model[-1].n_iter_.max() >= model[-1].max_iter:
+        logger.warning("a linear probe on %s rows did not converge in %d iterations", f"{len(y):,}", model[-1].max_iter)
     return model.predict_log_proba(features_MF), chosen
 
 
 def _regression(X: np.ndarray, y: np.ndarray, C: float) -> Any:
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000)).fit(X.astype(np.float64), y)
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000))
+    with warnings.catch_warnings():  # of strengths that are tried; the one that is taken is looked at
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return model.fit(X.astype(np.float64), y)
 
 
 def _score(model: Any, X: np.ndarray, y: np.ndarray) -> float:

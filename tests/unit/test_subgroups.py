@@ -32,12 +32,12 @@ def test_a_real_gap_is_flagged_and_one_that_is_not_there_is_not():
     for one, sign in zip(found.subgroups, (1, -1), strict=True):
         inside = value == int(one.value)
         assert one.images == one.units == inside.sum()
-        assert one.scores["model: accuracy"].value == pytest.approx(correct[inside].mean())
-        gap = one.gaps["model: accuracy"]
+        assert one.scores["model/accuracy"].value == pytest.approx(correct[inside].mean())
+        gap = one.gaps["model/accuracy"]
         assert gap.value == pytest.approx(correct[inside].mean() - correct[~inside].mean())
         assert sign * gap.value > 0.2
         assert gap.low < gap.value < gap.high
-        assert one.flagged == ["model: accuracy"]
+        assert one.flagged == ["model/accuracy"]
     assert "2 of 2 gaps to all other images have an interval without zero, marked *; about 0.1 would by chance" in (
         found.table()
     )
@@ -51,11 +51,32 @@ def test_images_of_a_unit_count_as_one_so_a_gap_of_few_patients_is_not_flagged()
     value, correct = patient % 2, rng.random(12)[patient] < 0.5
     by_image, by_patient = scored(value, correct), scored(value, correct, units=patient)
     assert (
-        by_image.subgroups[0].scores["model: accuracy"].value == by_patient.subgroups[0].scores["model: accuracy"].value
+        by_image.subgroups[0].scores["model/accuracy"].value == by_patient.subgroups[0].scores["model/accuracy"].value
     )
-    widths = [one.subgroups[0].gaps["model: accuracy"] for one in (by_image, by_patient)]
+    widths = [one.subgroups[0].gaps["model/accuracy"] for one in (by_image, by_patient)]
     assert (widths[1].high - widths[1].low) > 4 * (widths[0].high - widths[0].low)
     assert by_patient.subgroups[0].units == 6
+
+
+def test_a_value_that_is_never_right_is_flagged_only_when_it_has_enough_units():
+    """0 right of 40 against 70 % is a gap; 0 of 12 against 15 % may be none, though no resample shows any error."""
+    for few, share, flagged in ((40, 0.7, True), (12, 0.15, False)):
+        value = np.array([0] * few + [1] * 400)
+        correct = np.concatenate([np.zeros(few), np.random.default_rng(0).random(400) < share])
+        one = scored(value, correct).subgroups[0]
+        assert bool(one.flagged) == flagged
+        assert one.scores["model/accuracy"].high == 0
+        assert one.gaps["model/accuracy"].high - 3 / few < 0
+
+
+def test_where_there_is_no_gap_about_one_in_twenty_is_flagged():
+    rng = np.random.default_rng(11)
+    flagged = 0
+    for _ in range(200):
+        unit = np.arange(160) // 4
+        correct = rng.random(160) < 0.3 + 0.4 * (rng.random(40) < 0.5)[unit]
+        flagged += bool(scored(unit % 2, correct, units=unit, bootstrap=200).subgroups[0].flagged)
+    assert 2 <= flagged <= 22
 
 
 def test_retrieval_and_classification_share_one_table():
@@ -66,20 +87,23 @@ def test_retrieval_and_classification_share_one_table():
     site = np.array(["arm", "leg", "back"])[np.arange(120) % 3]
     retrieval = retrieval_scores(image, text, owner, bootstrap=0)
     classes = classification_scores(rng.normal(size=(120, 4)), np.arange(120) % 4, list("abcd"), bootstrap=0)
-    measured = {**retrieval.measured(owner), "zero-shot": classes.measured}
+    measured = {**retrieval.measured(owner), "zero_shot": classes.measured}
     found = subgroup_scores(measured, site.tolist(), field="site", bootstrap=50)
     arm = found.subgroups[0]
     assert arm.value == "arm"
     inside = site == "arm"
     ranks = retrieval.image_to_text.ranks_Q[inside]
-    assert arm.scores["image_to_text: R@5"].value == pytest.approx((ranks <= 5).mean())
+    assert arm.scores["image_to_text/R@5"].value == pytest.approx((ranks <= 5).mean())
     ranks = retrieval.text_to_image.ranks_Q[inside[owner]]
-    assert arm.scores["text_to_image: R@1"].value == pytest.approx((ranks <= 1).mean())
-    assert {"zero-shot: top-1", "zero-shot: balanced_accuracy", "zero-shot: auroc"} <= arm.scores.keys()
+    assert arm.scores["text_to_image/R@1"].value == pytest.approx((ranks <= 1).mean())
+    assert {"zero_shot/top-1", "zero_shot/balanced_accuracy", "zero_shot/auroc"} <= arm.scores.keys()
     stored = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert [one["value"] for one in stored["values"]] == ["arm", "back", "leg"]
-    header, first, *_ = found.table().splitlines()
+    assert found.overall["image_to_text/R@1"].value == retrieval.image_to_text.recall[1].value
+    header, everything, first, *_ = found.table().splitlines()
     assert header.startswith("by site")
+    assert "image → text R@1" in header
+    assert everything.split()[:2] == ["all", "120"]
     assert first.split()[:3] == ["arm", "40", "40"]
 
 

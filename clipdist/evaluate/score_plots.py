@@ -165,17 +165,13 @@ def _one_field(axes: Axes, field: Mapping[str, Any], name: str, colour: str) -> 
         flagged = name in value["flagged"]
         if score["low"] is not None:
             axes.hlines(place, score["low"], score["high"], color=colour, linewidth=1.6)
-        face = colour if flagged else "white"
-        axes.plot(
-            score["value"],
-            place,
-            "o",
-            color=colour,
-            markerfacecolor=face,
-            markersize=6,
-            markeredgewidth=1.5,
-            clip_on=False,
-        )
+        # What is hollow shows the page's ground, which may be dark.
+        marker: dict[str, Any] = {
+            "markersize": 6,
+            "markeredgewidth": 1.5,
+            "markerfacecolor": colour if flagged else "none",
+        }
+        axes.plot(score["value"], place, "o", color=colour, clip_on=False, **marker)
     style(axes, field["field"] if axes.get_subplotspec().colspan.start == 0 else "", "")  # type: ignore[union-attr]
     axes.grid(axis="x", color=GRID, linewidth=0.9)
     axes.set_ylim(len(values) - 0.4, -0.6)

@@ -200,3 +200,12 @@ def test_queries_need_no_shard_set(evaluated: tuple[Path, str], published: Path)
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "Queries against 60 candidates, image → image" in page
     assert "Queries against 60 candidates, text → image" in page
+
+
+def test_the_python_example_of_the_manual_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    exec(compile(example, "docs/evaluate.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "loss in batches of 32" in said
+    assert "by sex" in said

@@ -64,6 +64,19 @@ def test_agrees_with_scikit_learn_where_nothing_is_tied():
     assert scores.image_to_text.precision[10].value == pytest.approx((label[top] == label[:, None]).mean())
 
 
+def test_recall_with_several_captions_is_clip_benchmarks():
+    """Its `recall_at_k > 0`: the share of queries with any of their own among the first k."""
+    rng = np.random.default_rng(3)
+    image, owner = rng.normal(size=(60, 8)), np.arange(300) % 60
+    text = image[owner] + 2 * rng.normal(size=(300, 8))
+    found = retrieval_scores(image, text, owner, ks=(5,), bootstrap=0)
+    cosine, own = unit(text) @ unit(image).T, owner[:, None] == np.arange(60)
+    for direction, c, p in ((found.text_to_image, cosine, own), (found.image_to_text, cosine.T, own.T)):
+        among = np.take_along_axis(p, np.argsort(-c, axis=1)[:, :5], axis=1)
+        assert direction.recall[5].value == (among.sum(axis=1) / p.sum(axis=1) > 0).mean()
+        assert 0.1 < direction.recall[5].value < 0.9
+
+
 def test_with_one_right_answer_it_says_what_the_rank_says():
     rng = np.random.default_rng(1)
     scores = retrieval_scores(rng.normal(size=(60, 4)), rng.normal(size=(60, 4)), np.arange(60), precision=True)

@@ -1,11 +1,13 @@
 """Scores a model on one split of a shard set: retrieval over the full gallery, with 95 % bootstrap intervals.
 
-Prints a table; writes JSON and plots beside the model's run (or into --out), and the run's report anew.
+Prints a table; writes JSON and plots beside the model's run (or into --out), and the run's report anew. What the other
+options measure: docs/evaluate.md.
 """
 
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from clipdist.train.command import configure_logging
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="model folder, such as runs/phantom/model")
-    parser.add_argument("--data", required=True, metavar="SET", help="folder or URL of a shard set")
+    parser.add_argument("--data", metavar="SET", help="folder or URL of a shard set")
     parser.add_argument("--split", default="test", help="default: test")
     parser.add_argument(
         "--groups",
@@ -26,28 +28,95 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--unit", default="unit", help="field resampled as a whole, such as a patient; default: unit")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples; 0: no intervals; default: 1000")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn; default: 0")
     parser.add_argument("--examples", type=int, default=20, help="images shown in the report; default: 20")
     parser.add_argument("--workers", type=int, default=2, help="loader processes; default: 2")
     parser.add_argument("--out", type=Path, help="folder for JSON and plots; default: evaluation/ beside the model")
     parser.add_argument("--device", help="cpu or cuda; default: a GPU when there is one")
+    _add_small_galleries(parser.add_argument_group("small galleries, which make scores comparable with published ones"))
+    _add_classes(parser.add_argument_group("classes"))
+    _add_queries(parser.add_argument_group("queries against labelled candidates, without --data too"))
+
+
+def _add_small_galleries(group: Any) -> None:
+    group.add_argument("--in-batch", type=int, metavar="K", help="mean recall and loss in batches of K, such as 32")
+    group.add_argument("--pool", type=int, metavar="K", help="each image against K captions, such as 50: one is right")
+
+
+def _add_classes(group: Any) -> None:
+    group.add_argument("--zero-shot", metavar="FIELD", help="field with the class, for classification by class names")
+    group.add_argument("--classes", type=Path, metavar="FILE", help="names for the field's values: JSON, or lines")
+    group.add_argument("--templates", type=Path, metavar="FILE", help="prompts, one a line, {} for the class name")
+    group.add_argument("--calibrate", metavar="SPLIT", help="split on which a temperature for probabilities is fitted")
+    group.add_argument(
+        "--probe",
+        nargs="+",
+        default=[],
+        metavar="FIELD",
+        help="linear probe and nearest neighbours on a field's classes, or on several fields of 0 and 1",
+    )
+    group.add_argument("--probe-train", default="train", metavar="SPLIT", help="split to fit probes on; default: train")
+    group.add_argument(
+        "--probe-features",
+        choices=("tower", "joint"),
+        default="tower",
+        help="what probes see: the image tower's features, or the joint embedding; default: tower",
+    )
+    group.add_argument(
+        "--fractions",
+        type=float,
+        nargs="+",
+        default=[0.01, 0.1, 1.0],
+        metavar="SHARE",
+        help="shares of the labels for probes; default: 0.01 0.1 1",
+    )
+    group.add_argument(
+        "--by", nargs="+", default=[], metavar="FIELD", help="fields to break scores down by, such as sex"
+    )
+
+
+def _add_queries(group: Any) -> None:
+    group.add_argument(
+        "--queries",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="tables with columns Variable and Path or Text",
+    )
+    group.add_argument(
+        "--candidates",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="tables with a column Path and one per class; one for all queries, or one for each",
+    )
+    group.add_argument("--images", type=Path, metavar="FOLDER", help="folder that their paths start from")
 
 
 def run(args: argparse.Namespace) -> int:
     configure_logging()
     check(args)
     # Missing data should be named before a model is loaded.
-    shard_set = ShardSet.open(args.data)
-    split = shard_set.split(args.split)
-    from clipdist.evaluate.embed import embed_split
+    shard_set = ShardSet.open(args.data) if args.data else None
+    from clipdist.evaluate.candidates import read_queries
+
+    candidates = args.candidates if len(args.candidates) != 1 else args.candidates * len(args.queries)
+    queries = [read_queries(*files, args.images) for files in zip(args.queries, candidates, strict=True)]
+    templates = _templates(args.templates)
+    for split in _asked(args, "", templates).splits() if shard_set else ():
+        assert shard_set is not None
+        shard_set.split(split)
     from clipdist.model.saved import load
 
     saved = load(args.model, args.device)
-    embeddings = embed_split(saved.model, saved.tokenizer, split, workers=args.workers)
-    if not embeddings.keys:
-        raise UserError(f"{args.data}, split {args.split}: no readable sample; run: clipdist verify {args.data}")
-    evaluation = Evaluation(args, shard_set, embeddings, saved)
-    print(evaluation.scores.table())
-    for path in evaluation.write():
+    paths = _write_queries(args, queries, saved) if queries else []
+    if shard_set is not None:
+        evaluation = Evaluation(args, shard_set, saved, templates)
+        print("\n\n".join([evaluation.scores.table(), *(part.table for part in evaluation.parts)]))
+        paths += evaluation.write()
+    for path in paths:
         print(path)
     return 0
 
@@ -59,9 +128,26 @@ def out_folder(args: argparse.Namespace) -> Path:
 
 def check(args: argparse.Namespace) -> None:
     """`UserError` for arguments that would fail late, or in the words of another library."""
-    for name in ("bootstrap", "examples", "workers"):
+    for name in ("bootstrap", "examples", "workers", "seed"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name}: found {getattr(args, name)}, expected 0 or more")
+    if not (args.data or args.queries):
+        raise UserError("nothing to score: expected --data SET, or --queries and --candidates with --images")
+    if bool(args.queries or args.candidates) and not (
+        args.queries and args.images and len(args.candidates) in (1, len(args.queries))
+    ):
+        raise UserError(
+            f"--queries: found {len(args.queries)} files, {len(args.candidates)} of --candidates and "
+            f"--images {args.images}; expected one file of candidates for all or one for each, and the images' folder"
+        )
+    for name in ("in_batch", "pool"):
+        if getattr(args, name) is not None and getattr(args, name) < 2:
+            raise UserError(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected 2 or more")
+    if wrong := [share for share in args.fractions if not 0 < share <= 1]:
+        raise UserError(f"--fractions: found {wrong[0]}, expected shares above 0 and up to 1")
+    for name in ("classes", "templates", "calibrate"):
+        if getattr(args, name) and not args.zero_shot:
+            raise UserError(f"--{name} serves --zero-shot FIELD, which is missing")
     place = out_folder(args)
     while not place.exists():
         place = place.parent
@@ -76,27 +162,47 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}; use cpu or cuda") from None
 
 
+def _templates(path: Path | None) -> list[str]:
+    from clipdist.evaluate.zero_shot import read_templates
+
+    return read_templates(path) if path else []
+
+
+def _asked(args: argparse.Namespace, groups: str, templates: Sequence[str]) -> Any:
+    from clipdist.evaluate.suite import Asked
+
+    same = ("split", "unit", "bootstrap", "seed", "workers", "in_batch", "pool", "zero_shot", "classes", "calibrate")
+    probes = ("probe", "probe_train", "probe_features", "fractions", "by")
+    return Asked(groups=groups, templates=templates, **{name: getattr(args, name) for name in (*same, *probes)})
+
+
 class Evaluation:
     """Scores of one model on one split, and what is written about them."""
 
-    def __init__(self, args: argparse.Namespace, shard_set: ShardSet, embeddings: Any, saved: Any) -> None:
+    def __init__(self, args: argparse.Namespace, shard_set: ShardSet, saved: Any, templates: Sequence[str]) -> None:
         from clipdist.evaluate.retrieval import retrieval_scores
+        from clipdist.evaluate.suite import Suite, embed_for, units_of
         from clipdist.train.validate import groups_of
 
-        self.args, self.split, self.embeddings = args, shard_set.split(args.split), embeddings
+        self.args, self.split = args, shard_set.split(args.split)
         self.groups_by = args.groups or saved.about.get("groups", "caption")
+        asked = _asked(args, self.groups_by, templates)
+        self.embeddings = embeddings = embed_for(asked, saved, shard_set, args.split)
         self.group = groups_of(embeddings, self.groups_by)
-        units = [fields.get(args.unit) for fields in embeddings.fields]
-        has_units = any(unit is not None for unit in units)
+        units = units_of(embeddings, args.unit)
         self.scores = retrieval_scores(
             embeddings.image_features_ND,
             embeddings.text_features_MD,
             embeddings.text_owner_M,
             group_N=self.group,
-            units=units if has_units else None,
+            units=units,
+            precision=True,
             bootstrap=args.bootstrap,
+            seed=args.seed,
             texts=embeddings.texts,
         )
+        suite = Suite(asked, saved, shard_set, embeddings, self.group)
+        self.parts = suite.parts(self.scores.measured(embeddings.text_owner_M))
         self.body = {
             **self.scores.to_dict(),
             "data": args.data,
@@ -104,31 +210,18 @@ class Evaluation:
             "split": args.split,
             "model": str(args.model),
             "groups": self.groups_by,
-            "unit": args.unit if has_units else None,
+            "unit": args.unit if units else None,
+            "seed": args.seed,
             "left_out": [{"key": key, "reason": reason} for _, key, reason in embeddings.bad],
+            **{part.name: part.body for part in self.parts},
         }
 
     def write(self) -> list[Path]:
         """JSON, plots and, when the model lies in a run, the run's report; returns the paths."""
         run, out = self.args.model.resolve().parent, out_folder(self.args)
         with disk_errors(out):
-            return self._write(out, run)
-
-    def _write(self, out: Path, run: Path) -> list[Path]:
-        from clipdist.evaluate import plots
-
-        out.mkdir(parents=True, exist_ok=True)
-        name = f"{called(self.args.data)}-{self.args.split}"
-        paths = [out / f"{name}.json"]
-        write_atomically(paths[0], (json.dumps(self.body, indent=1) + "\n").encode())
-        for kind, draw in (("recall", plots.recall_bars), ("cosines", plots.cosine_histogram)):
-            picture = draw(self.body, form="png")
-            if picture is not None:
-                paths.append(out / f"{name}-{kind}.png")
-                write_atomically(paths[-1], picture)
-        if (run / "config.yaml").exists():
-            paths.append(self._report(run))
-        return paths
+            paths = _write(out, f"{called(self.args.data)}-{self.args.split}", self.body)
+            return [*paths, self._report(run)] if (run / "config.yaml").exists() else paths
 
     def _report(self, run: Path) -> Path:
         from clipdist.evaluate.examples import draw_examples
@@ -147,3 +240,38 @@ class Evaluation:
             images=max(1, self.args.examples),
         )
         return write_report(run, examples=images, caption_examples=captions, scores=self.body)
+
+
+def _write(out: Path, name: str, body: dict[str, Any]) -> list[Path]:
+    """JSON and plots of one evaluation."""
+    from clipdist.evaluate.sections import FIGURES
+
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / f"{name}.json"]
+    write_atomically(paths[0], (json.dumps(body, indent=1) + "\n").encode())
+    for kind, (_, draw) in FIGURES.items():
+        picture = draw(body, form="png")
+        if picture is not None:
+            paths.append(out / f"{name}-{kind}.png")
+            write_atomically(paths[-1], picture)
+    return paths
+
+
+def _write_queries(args: argparse.Namespace, queries: Sequence[Any], saved: Any) -> list[Path]:
+    """Scores and prints what the files of queries ask for."""
+    from clipdist.evaluate.suite import query_part
+
+    paths, out = [], out_folder(args)
+    for file, one in zip(args.queries, queries, strict=True):
+        part = query_part(one, saved, args.bootstrap, args.seed)
+        print(f"{part.table}\n")
+        body = {part.name: part.body, "data": str(file), "model": str(args.model), "bootstrap": args.bootstrap}
+        with disk_errors(out):
+            paths += _write(out, f"{file.resolve().parent.name}-{file.stem}", body)
+    run = args.model.resolve().parent
+    if not args.data and (run / "config.yaml").exists():
+        from clipdist.evaluate.report import write_report
+
+        with disk_errors(run):
+            paths.append(write_report(run))
+    return paths

@@ -34,6 +34,7 @@ class Embeddings:
     texts: list[str]
     fields: list[dict[str, Any]]
     bad: list[tuple[int, str, str]]  # number, key and reason of each unreadable sample
+    tower_features_NF: np.ndarray | None = None  # float32: what the image tower gives, before its projection
 
 
 @torch.no_grad()  # not inference mode: weights that a sharding engine gathers within it could not train afterwards
@@ -47,9 +48,11 @@ def embed_split(
     max_image_pixels: int = 50_000_000,
     quiet: bool = False,
     in_step: bool = False,
+    tower_features: bool = False,
 ) -> Embeddings:
     """Features of every readable sample exactly once, whatever the world size. All ranks call it; all get the answer.
 
+    `tower_features` asks for the image tower's own features besides, which probes are commonly fitted on.
     `in_step` says that each pass through a tower needs all ranks: those that are done take part with a blank row until
     the last is. The model is left in the mode it was in.
     """
@@ -62,7 +65,7 @@ def embed_split(
     loader = evaluation_loader(rows, rank=who.rank, world_size=who.world_size, workers=workers)
     shown = progress(loader, unit="batch", description=f"embedding {split.name}", quiet=quiet or not who.is_main)
     with torch.autocast(device.type, precision, enabled=precision != torch.float32), worker_errors():
-        local = _embed_pieces(model, tokenizer, shown, device, in_step)
+        local = _embed_pieces(model, tokenizer, shown, device, in_step, tower_features)
     model.train(was_training)
     embeddings = _join(world.gather_objects(local), model.config.width)
     if who.is_main:
@@ -77,6 +80,7 @@ def _embed_pieces(
     pieces: Iterable[EvalPiece | UserError],
     device: torch.device,
     in_step: bool,
+    tower_features: bool,
 ) -> dict[str, Any]:
     found: dict[str, Any] = {name: [] for name in ("owners", "numbers", "samples", "bad")}
     captions: list[list[int]] = []
@@ -97,13 +101,23 @@ def _embed_pieces(
         tokens, mask = tokenizer.pad(ids)
         return model.encode_text(tokens.to(device), mask.to(device))
 
+    def encode_image(pixels: torch.Tensor) -> torch.Tensor:
+        features_bD = model.encode_image(pixels.to(device))
+        return torch.cat([features_bD, of_tower.pop().float()], dim=1) if tower_features else features_bD
+
     side = model.image.side
     blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
-    parts = {"image": _encode(lambda x: model.encode_image(x.to(device)), images(), blank, device, in_step)}
+    of_tower: list[torch.Tensor] = []
+    listener = model.image.register_forward_hook(lambda *call: of_tower.append(call[-1])) if tower_features else None
+    parts = {"image": _encode(encode_image, images(), blank, device, in_step)}
+    if listener is not None:
+        listener.remove()
     texts = (captions[start : start + TEXT_ROWS] for start in range(0, len(captions), TEXT_ROWS))
     parts["text"] = _encode(encode_text, texts, [[tokenizer.pad_id]], device, in_step)
     for name, made in parts.items():
         found[name] = torch.cat(made).float().numpy() if made else np.zeros((0, model.config.width), np.float32)
+    width = model.config.width
+    found["image"], found["tower"] = found["image"][:, :width], found["image"][:, width:] if tower_features else None
     return found
 
 
@@ -129,6 +143,7 @@ def _join(parts: list[dict[str, Any]], width: int) -> Embeddings:
     numbers = np.array([number for part in parts for number in part["numbers"]], np.int64)
     row_of = {int(number): row for row, number in enumerate(numbers)}
     samples = [sample for part in parts for sample in part["samples"]]
+    towers = [part["tower"] for part in parts if part["tower"] is not None and len(part["tower"])]
     return Embeddings(
         image_features_ND=np.concatenate([part["image"] for part in parts]).reshape(-1, width),
         text_features_MD=np.concatenate([part["text"] for part in parts]).reshape(-1, width),
@@ -138,4 +153,5 @@ def _join(parts: list[dict[str, Any]], width: int) -> Embeddings:
         texts=[text for _, texts, _ in samples for text in texts],
         fields=[fields for _, _, fields in samples],
         bad=[record for part in parts for record in part["bad"]],
+        tower_features_NF=np.concatenate(towers) if towers else None,
     )

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from clipdist.evaluate.retrieval import Array, RetrievalScores, top_matches
+from clipdist.evaluate.cosines import Array, top_matches
+from clipdist.evaluate.retrieval import RetrievalScores
 
 
 @dataclass(frozen=True)

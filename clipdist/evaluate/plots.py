@@ -54,10 +54,10 @@ def loss(records: Records, *, form: Form = "svg") -> bytes | None:
     """Training loss, raw and smoothed, and validation loss."""
     if not len(series(records, "train/loss")[0]) and not len(series(records, "val/loss")[0]):
         return None
-    figure, axes = _figure()
+    figure, axes = new_figure()
     _noisy(axes, records, "train/loss", "training", BLUE)
     _dots(axes, records, "val/loss", "validation", VERMILLION, "o-")
-    return _finish(figure, axes, form, "loss", x="step")
+    return finish(figure, axes, form, "loss", x="step")
 
 
 def recall(records: Records, *, form: Form = "svg") -> bytes | None:
@@ -93,7 +93,7 @@ def gradient_norm(records: Records, *, form: Form = "svg") -> bytes | None:
     values = [series(records, key)[1] for key in names]
     if not any(map(len, values)):
         return None
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for (key, label), colour, style in zip(names.items(), (BLUE, VERMILLION, GREEN), ("-", "--", "-."), strict=True):
         _noisy(axes, records, key, label, colour, style)
     if all((one > 0).all() for one in values):
@@ -101,7 +101,7 @@ def gradient_norm(records: Records, *, form: Form = "svg") -> bytes | None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    return _finish(figure, axes, form, "gradient norm", x="step")
+    return finish(figure, axes, form, "gradient norm", x="step")
 
 
 def throughput(records: Records, *, form: Form = "svg") -> bytes | None:
@@ -132,7 +132,7 @@ def cosine_histogram(scores: Mapping[str, Any], *, form: Form = "svg") -> bytes 
     # Few positives in narrow bins make a comb instead of a shape.
     together = next(n for n, few in ((5, 1000), (2, 10_000), (1, np.inf)) if sum(histogram["positive"]) < few)
     edges = np.asarray(histogram["edges"])[::together]
-    figure, axes = _figure()
+    figure, axes = new_figure()
     seen = []
     for name, colour, hatch in (("negative", VERMILLION, "//"), ("positive", BLUE, None)):
         counts = np.asarray(histogram[name], dtype=np.float64).reshape(-1, together).sum(axis=1)
@@ -145,7 +145,7 @@ def cosine_histogram(scores: Mapping[str, Any], *, form: Form = "svg") -> bytes 
     margin = 0.05 * (max(seen) - min(seen))
     axes.set_xlim(max(-1, min(seen) - margin), min(1, max(seen) + margin))
     axes.set_ylim(bottom=0)
-    return _finish(figure, axes, form, "density", x="cosine")
+    return finish(figure, axes, form, "density", x="cosine")
 
 
 def recall_bars(scores: Mapping[str, Any], *, form: Form = "svg") -> bytes | None:
@@ -153,7 +153,7 @@ def recall_bars(scores: Mapping[str, Any], *, form: Form = "svg") -> bytes | Non
     names = [name for name in scores.get("image_to_text") or {} if name.startswith("R@")]
     if not names or not scores.get("text_to_image"):
         return None
-    figure, axes = _figure()
+    figure, axes = new_figure()
     directions = (
         ("image_to_text", "image → text", BLUE, -0.2),
         ("text_to_image", "text → image", VERMILLION, 0.2),
@@ -176,7 +176,7 @@ def recall_bars(scores: Mapping[str, Any], *, form: Form = "svg") -> bytes | Non
     axes.bar(0, 0, color="none", edgecolor=INK, linestyle=":", linewidth=1.2, label="chance")
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(0, min(1.12, 1.2 * axes.get_ylim()[1]))
-    return _finish(figure, axes, form, "share of queries")
+    return finish(figure, axes, form, "share of queries")
 
 
 CURVES: dict[str, tuple[str, Callable[..., bytes | None]]] = {
@@ -190,8 +190,9 @@ CURVES: dict[str, tuple[str, Callable[..., bytes | None]]] = {
 }
 
 
-def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=_SIZE, layout="constrained")
+def new_figure(height: float = _SIZE[1]) -> tuple[Figure, Axes]:
+    """A figure as wide as all others, `height` inches high."""
+    figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots()
 
@@ -207,7 +208,7 @@ def _validation(
         validations = [{**record, "step": record["epoch"]} for record in validations]
     if not any(len(series(validations, name)[0]) for name in names):
         return None
-    figure, axes = _figure()
+    figure, axes = new_figure()
     styles = ((BLUE, "o-"), (VERMILLION, "s--"))
     for (key, label), (colour, style) in zip(names.items(), styles, strict=True):
         _dots(axes, validations, key, label, colour, style)
@@ -216,16 +217,16 @@ def _validation(
         if len(steps):
             axes.plot(steps, 1 / gallery, ":", color=MUTED, linewidth=1.4, label=f"chance, 1 in {gallery[-1]:,.0f}")
         axes.set_ylim(bottom=0)
-    return _finish(figure, axes, form, y, x="epoch" if by_epoch else "step")
+    return finish(figure, axes, form, y, x="epoch" if by_epoch else "step")
 
 
 def _plain(records: Records, key: str, y: str, form: Form) -> bytes | None:
     steps, values = series(records, key)
     if not len(steps):
         return None
-    figure, axes = _figure()
+    figure, axes = new_figure()
     axes.plot(*_thinned(steps, values)[:2], "o-" if len(steps) == 1 else "-", color=BLUE, linewidth=1.7)
-    return _finish(figure, axes, form, y, x="step", legend=False)
+    return finish(figure, axes, form, y, x="step", legend=False)
 
 
 def _noisy(axes: Axes, records: Records, key: str, label: str, colour: str, style: str = "-") -> None:
@@ -286,7 +287,8 @@ def style(axes: Axes, y: str, x: str) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _finish(figure: Figure, axes: Axes, form: Form, y: str, *, x: str = "", legend: bool = True) -> bytes:
+def finish(figure: Figure, axes: Axes, form: Form, y: str, *, x: str = "", legend: bool = True) -> bytes:
+    """The figure in the common style, its legend above the axes."""
     style(axes, y, x)
     if legend:
         handles = axes.get_legend_handles_labels()[0]

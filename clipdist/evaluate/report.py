@@ -26,6 +26,7 @@ import clipdist
 from clipdist.errors import UserError
 from clipdist.evaluate import plots
 from clipdist.evaluate.examples import CaptionExample, Example, thumbnail_uri
+from clipdist.evaluate.sections import FIGURES, sections
 from clipdist.train.records import BAD_SAMPLES, METRICS, read_records
 
 _DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
@@ -61,6 +62,7 @@ def write_report(
         finished=_finished(log),
         facts=_facts(log),
         notices=_notices(log, evaluations),
+        sections=_sections(evaluations, log),
         missing=log.missing,
         evaluations=evaluations,
         headline=_headline(evaluations),
@@ -350,12 +352,37 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     return [{"title": title, **figure} for title, figure in figures if figure]
 
 
-def _score_figures(headline: Mapping[str, Any] | None) -> list[dict[str, str]]:
+def _score_figures(headline: Mapping[str, Any] | None, names: Sequence[str] = ("recall", "cosines")) -> list[Any]:
     if headline is None:
         return []
-    drawn = (("Recall", plots.recall_bars), ("Cosines of all pairs", plots.cosine_histogram))
-    figures = [(title, _both_themes(draw, headline)) for title, draw in drawn]
+    figures = [(FIGURES[name][0], _both_themes(FIGURES[name][1], headline)) for name in names]
     return [{"title": title, **figure} for title, figure in figures if figure]
+
+
+def _sections(evaluations: Sequence[dict[str, Any]], log: _Log) -> list[dict[str, Any]]:
+    """What each evaluation has beside recall; those without retrieval are taken out of `log.other_evaluations`."""
+    found, unknown = [], []
+    others = [(stem, {**body, "name": _named(body, stem)}) for stem, body in _mappings(log.other_evaluations)]
+    for stem, body in [*(("", one) for one in evaluations), *others]:
+        try:
+            shown = [
+                {**vars(one), "of": body["name"], "figures": _score_figures(body, one.figures)}
+                for one in sections(body)
+            ]
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            log.missing.append(f"{body['name']}: a part of this evaluation is not as `clipdist eval` writes it")
+            shown = []
+        found += shown
+        if stem and not shown:
+            unknown.append(stem)
+    log.other_evaluations = [
+        (stem, body) for stem, body in log.other_evaluations if stem in unknown or not isinstance(body, dict)
+    ]
+    return found
+
+
+def _mappings(pairs: Sequence[tuple[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    return [(stem, body) for stem, body in pairs if isinstance(body, dict)]
 
 
 def _both_themes(draw: Any, source: Any) -> dict[str, str]:

@@ -1,11 +1,10 @@
-"""Retrieval scores of image and text features: recall, ranks and cosines, with gallery, chance level and interval.
+"""Retrieval scores of image and text features: recall, ranks, precision and cosines, with gallery, chance and interval.
 
-Suffixes of names: N images, M texts, Q queries, G gallery items, U units of resampling, K cut-offs, D feature width.
+Suffixes of names: N images, M texts, Q queries, G gallery items, K cut-offs, D feature width.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,33 +13,43 @@ import torch
 from torch import Tensor
 
 from clipdist.errors import UserError
+from clipdist.evaluate.cosines import (
+    TIE_TOLERANCE,
+    Array,
+    full_float32,
+    integers,
+    owners,
+    positive_ranks,
+    precision_of,
+    same_width,
+    strips,
+    unit_rows,
+)
+from clipdist.evaluate.estimates import (
+    CONFIDENCE,
+    Estimate,
+    Measured,
+    Statistic,
+    aligned,
+    cell,
+    estimates,
+    mean_of,
+    median_of,
+    unit_numbers,
+    without_nan,
+)
 from clipdist.progress import progress
 
-# float32 matrix products of bitwise equal rows differ by up to 3e-8 with the place of the row in its tile; cosines
-# nearer than this are the same number, and a model that gives them cannot tell the two apart.
-TIE_TOLERANCE = 1e-6
-CONFIDENCE = 0.95
 HISTOGRAM_BINS = 100
-_DRAWS_AT_ONCE = 2**22
-
-Array = np.ndarray | Tensor
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A score and its bootstrap percentile interval; `low` and `high` are None where nothing was resampled."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    def to_dict(self) -> dict[str, float | None]:
-        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 @dataclass(frozen=True)
 class Direction:
-    """Scores of one direction: `queries` ranked `gallery` items each. `chance[k]` is R@k of a random ranking."""
+    """Scores of one direction: `queries` ranked `gallery` items each. `chance[k]` is R@k of a random ranking.
+
+    `positives` is the mean number of right answers that a query has; mean average precision and Precision@k are there
+    when they were asked for.
+    """
 
     queries: int
     gallery: int
@@ -51,16 +60,32 @@ class Direction:
     mean_reciprocal_rank: float
     # Every query's rank, 0 for one without a positive; kept in memory for examples, not written to JSON.
     ranks_Q: np.ndarray = field(repr=False, compare=False)
+    mean_average_precision: Estimate | None = None
+    precision: dict[int, Estimate] = field(default_factory=dict)
+    positives: float = 1.0
+
+    def statistics(self) -> dict[str, Statistic]:
+        """R@k of the queries that have a positive, by name."""
+        rank_Q = self.ranks_Q[self.ranks_Q > 0]
+        return {f"R@{k}": mean_of(rank_Q <= k) for k in self.recall}
 
     def to_dict(self) -> dict[str, Any]:
         recall = {f"R@{k}": {**self.recall[k].to_dict(), "chance": self.chance[k]} for k in self.recall}
-        return recall | {
-            "median_rank": self.median_rank.to_dict(),
-            "mean_rank": {"value": self.mean_rank},
-            "mean_reciprocal_rank": {"value": self.mean_reciprocal_rank},
-            "queries": self.queries,
-            "gallery": self.gallery,
-        }
+        precise = {f"P@{k}": estimate.to_dict() for k, estimate in self.precision.items()}
+        if self.mean_average_precision is not None:
+            precise["mAP"] = self.mean_average_precision.to_dict()
+        return (
+            recall
+            | precise
+            | {
+                "positives": self.positives,
+                "median_rank": self.median_rank.to_dict(),
+                "mean_rank": {"value": self.mean_rank},
+                "mean_reciprocal_rank": {"value": self.mean_reciprocal_rank},
+                "queries": self.queries,
+                "gallery": self.gallery,
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -127,21 +152,35 @@ class RetrievalScores:
             "bootstrap": self.bootstrap,
             "confidence": CONFIDENCE,
         }
-        return _without_nan(scores)
+        return without_nan(scores)
+
+    def measured(self, text_owner_M: np.ndarray) -> dict[str, Measured]:
+        """R@k of both directions as functions of the queries, for subgroups; by the direction's name."""
+        asked_N = np.flatnonzero(self.image_to_text.ranks_Q)
+        asked_M = np.flatnonzero(self.text_to_image.ranks_Q)
+        return {
+            "image_to_text": Measured(self.image_to_text.statistics(), asked_N),
+            "text_to_image": Measured(self.text_to_image.statistics(), np.asarray(text_owner_M)[asked_M]),
+        }
 
     def table(self) -> str:
         """A plain-text table of both directions with intervals, chance and the size of each gallery."""
+        directions = (("image → text", self.image_to_text), ("text → image", self.text_to_image))
         ks = list(self.image_to_text.recall)
         rows = [["", "queries", "gallery", *(f"R@{k}" for k in ks), "median rank", "mean rank", "MRR"]]
-        for name, one in (("image → text", self.image_to_text), ("text → image", self.text_to_image)):
-            recalls = [_cell(one.recall[k], ".3f") for k in ks]
-            ranks = [_cell(one.median_rank, ",.1f"), f"{one.mean_rank:,.1f}", f"{one.mean_reciprocal_rank:.3f}"]
+        for name, one in directions:
+            recalls = [cell(one.recall[k]) for k in ks]
+            ranks = [cell(one.median_rank, ",.1f"), f"{one.mean_rank:,.1f}", f"{one.mean_reciprocal_rank:.3f}"]
             rows.append([name, f"{one.queries:,}", f"{one.gallery:,}", *recalls, *ranks])
             rows.append(["  by chance", "", "", *(f"{one.chance[k]:.2g}" for k in ks), "", "", ""])
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [_justified(row, widths) for row in rows]
+        precise = [["", "right answers", "mAP", *(f"P@{k}" for k in ks)]]
+        for name, one in directions:
+            if one.mean_average_precision is not None and one.positives > 1:
+                precisions = [cell(one.precision[k]) for k in ks]
+                precise.append([name, f"{one.positives:,.1f}", cell(one.mean_average_precision), *precisions])
         cosines = f"mean cosine: positives {self.cosine_pos:.3f}, negatives {self.cosine_neg:.3f}"
-        return "\n".join([*lines, cosines, *self._notes()])
+        several = ["", *aligned(precise), ""] if len(precise) > 1 else []
+        return "\n".join([*aligned(rows), *several, cosines, *self._notes()])
 
     def _notes(self) -> list[str]:
         notes = []
@@ -163,6 +202,7 @@ def retrieval_scores(
     units: Sequence[Any] | np.ndarray | None = None,
     texts: Sequence[str] | None = None,
     ks: Sequence[int] = (1, 5, 10),
+    precision: bool = False,
     bootstrap: int = 1000,
     seed: int = 0,
     chunk: int = 1024,
@@ -184,31 +224,39 @@ def retrieval_scores(
     error of the queries, with the gallery as it is. Where every query is right, or only one unit exists, resampling
     cannot tell the error: the width is zero, or the interval None.
 
-    Memory beyond the features is O(chunk²), never N x M; time is two matrix products of N x M x D. 1,024 suits the
-    caches of a CPU (8 s for 20,000 x 20,000 x 256 on one core, half the time of 4,096).
+    `precision` adds mean average precision and Precision@k, which say how a model does where a query has several right
+    answers. Where it has one they say no more than the rank does (1/rank, and R@k / k); elsewhere all of a query's
+    cosines are sorted, a few queries at a time.
+
+    Memory beyond the features is O(chunk² + N + M), never N x M; time is two matrix products of N x M x D. 1,024 suits
+    the caches of a CPU (8 s for 20,000 x 20,000 x 256 on one core, half the time of 4,096).
 
     Raises `UserError` for features that are not finite, or whose sizes contradict each other.
     """
-    image_ND, text_MD = _features(image_features_ND, "image"), _features(text_features_MD, "text")
-    owner_M = _integers(text_owner_M, "text_owner_M")
+    image_ND, text_MD = unit_rows(image_features_ND, "image"), unit_rows(text_features_MD, "text")
     N, M = len(image_ND), len(text_MD)
-    _check(image_ND, text_MD, owner_M, chunk, ks)
+    same_width(image_ND, text_MD, ("image", "text"))
+    owner_M = owners(text_owner_M, N, M)
+    if chunk < 1 or not ks or min(ks) < 1:
+        raise UserError(f"chunk={chunk} and ks={tuple(ks)}: expected a chunk and at least one k, all of 1 or more")
     for name, given, expected in (("group_N", group_N, N), ("units", units, N), ("texts", texts, M)):
         if given is not None and len(given) != expected:
             raise UserError(f"{name} has {len(given):,} entries, expected {expected:,}: one per row of the features")
-    group = np.arange(N) if group_N is None else np.unique(_integers(group_N, "group_N"), return_inverse=True)[1]
+    group = np.arange(N) if group_N is None else np.unique(integers(group_N, "group_N"), return_inverse=True)[1]
     pairs = _Pairs(image_ND, text_MD, group, group[owner_M], chunk, quiet)
     best_N, best_M, histogram, cosine_pos, cosine_neg = pairs.best_positives()
     rank_N, rank_M = pairs.ranks(best_N, best_M)
-    unit_N = np.arange(N) if units is None else _numbered(units)
+    unit_N = unit_numbers(units, N)
+    ks = sorted(set(ks))
 
-    def direction(rank_Q: np.ndarray, positives_Q: np.ndarray, unit_Q: np.ndarray, gallery: int) -> Direction:
-        return _direction(rank_Q, positives_Q, unit_Q, gallery, sorted(set(ks)), bootstrap, seed)
+    def direction(rank_Q: np.ndarray, positives_Q: np.ndarray, unit_Q: np.ndarray, by_text: bool) -> Direction:
+        precise = pairs.precision(by_text, rank_Q, positives_Q, ks) if precision else None
+        return _direction(rank_Q, positives_Q, unit_Q, N if by_text else M, ks, precise, bootstrap, seed)
 
     texts_of_group, images_of_group = (np.bincount(g, minlength=group.max() + 1) for g in (pairs.group_M, group))
     return RetrievalScores(
-        image_to_text=direction(rank_N, texts_of_group[group], unit_N, M),
-        text_to_image=direction(rank_M, images_of_group[pairs.group_M], unit_N[owner_M], N),
+        image_to_text=direction(rank_N, texts_of_group[group], unit_N, False),
+        text_to_image=direction(rank_M, images_of_group[pairs.group_M], unit_N[owner_M], True),
         images=N,
         texts=M,
         grouped=group_N is not None,
@@ -219,34 +267,6 @@ def retrieval_scores(
         cosine_histogram=histogram,
         bootstrap=bootstrap,
     )
-
-
-def top_matches(
-    query_features_QD: Array, gallery_features_GD: Array, k: int, chunk: int = 1024
-) -> tuple[np.ndarray, np.ndarray]:
-    """(cosines, gallery indices) of each query's `k` best matches, best first: float32 and int64, both (Q, min(k, G)).
-
-    Features are normalised here. Memory beyond the features is O(chunk²).
-    """
-    query_QD, gallery_GD = _features(query_features_QD, "query"), _features(gallery_features_GD, "gallery")
-    if query_QD.shape[1] != gallery_GD.shape[1]:
-        raise UserError(
-            f"queries are {query_QD.shape[1]} wide, the gallery {gallery_GD.shape[1]}: use one model for both"
-        )
-    all_scores, all_indices = [], []
-    with _full_float32(query_QD.device.type):
-        for rows_qD in query_QD.split(chunk):
-            scores_qk = rows_qD.new_empty(len(rows_qD), 0)
-            indices_qk = torch.empty(len(rows_qD), 0, dtype=torch.int64, device=rows_qD.device)
-            for start in range(0, len(gallery_GD), chunk):
-                tile_qg = rows_qD @ gallery_GD[start : start + chunk].T
-                scores, places = tile_qg.topk(min(k, tile_qg.shape[1]), dim=1)
-                scores_qk, indices_qk = torch.cat([scores_qk, scores], 1), torch.cat([indices_qk, places + start], 1)
-                scores_qk, keep = scores_qk.topk(min(k, scores_qk.shape[1]), dim=1)
-                indices_qk = indices_qk.gather(1, keep)
-            all_scores.append(scores_qk.cpu().numpy())
-            all_indices.append(indices_qk.cpu().numpy())
-    return np.concatenate(all_scores), np.concatenate(all_indices)
 
 
 class _Pairs:
@@ -264,7 +284,7 @@ class _Pairs:
         starts = [
             (r, c) for r in range(0, len(self.image_ND), self.chunk) for c in range(0, len(self.text_MD), self.chunk)
         ]
-        with _full_float32(self.image_ND.device.type):
+        with full_float32(self.image_ND.device.type):
             for r, c in progress(starts, unit="tile", description=description, quiet=self.quiet):
                 rows, columns = slice(r, r + self.chunk), slice(c, c + self.chunk)
                 cosine = (self.image_ND[rows] @ self.text_MD[columns].T).clamp_(-1, 1)
@@ -309,6 +329,25 @@ class _Pairs:
         )
         return rank_N, rank_M
 
+    def precision(
+        self, by_text: bool, rank_Q: np.ndarray, positives_Q: np.ndarray, ks: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """float64 [Q] average precision and [Q, K] Precision@k of images or of texts as queries; NaN for those without
+        a positive."""
+        if positives_Q.max() <= 1:
+            rank_Q = np.where(rank_Q > 0, rank_Q, np.nan)
+            return 1 / rank_Q, np.where(np.isnan(rank_Q[:, None]), np.nan, (rank_Q[:, None] <= ks) / np.array(ks))
+        queries, gallery = (self.text_MD, self.image_ND) if by_text else (self.image_ND, self.text_MD)
+        query_group, gallery_group = self.row_group_N, self.column_group_M
+        if by_text:
+            query_group, gallery_group = gallery_group, query_group
+        found = [
+            precision_of(positive_ranks(cosine, query_group[rows, None] == gallery_group[None, :]), ks)
+            for rows, cosine in strips(queries, gallery)
+        ]
+        average_Q, at_QK = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
+        return average_Q, at_QK
+
 
 def _binned(cosines: Tensor) -> Tensor:
     """Counts per bin; several times faster than torch.histc, and exact beyond float32's 2^24."""
@@ -326,26 +365,34 @@ def _direction(
     unit_Q: np.ndarray,
     gallery: int,
     ks: Sequence[int],
+    precise: tuple[np.ndarray, np.ndarray] | None,
     bootstrap: int,
     seed: int,
 ) -> Direction:
     asked = rank_Q > 0
     rank, positives = rank_Q[asked], positives_Q[asked]
-    unit = np.unique(unit_Q[asked], return_inverse=True)[1]
-    recall_low_high, median_low_high = _intervals(rank, unit, ks, bootstrap, seed)
+    statistics = {f"R@{k}": mean_of(rank <= k) for k in ks} | {"median": median_of(rank)}
+    if precise is not None:
+        average_Q, at_QK = precise
+        statistics |= {"mAP": mean_of(average_Q[asked])}
+        statistics |= {f"P@{k}": mean_of(at_QK[asked, place]) for place, k in enumerate(ks)}
+    found = estimates(statistics, unit_Q[asked], bootstrap=bootstrap, seed=seed)
     return Direction(
         queries=len(rank),
         gallery=gallery,
-        recall={k: Estimate(float((rank <= k).mean()), *recall_low_high[place]) for place, k in enumerate(ks)},
-        chance={k: _chance(positives, gallery, k) for k in ks},
-        median_rank=Estimate(float(np.median(rank)), *median_low_high),
+        recall={k: found[f"R@{k}"] for k in ks},
+        chance={k: chance_of_recall(positives, gallery, k) for k in ks},
+        median_rank=found["median"],
         mean_rank=float(rank.mean()),
         mean_reciprocal_rank=float((1 / rank).mean()),
         ranks_Q=rank_Q,
+        mean_average_precision=found.get("mAP"),
+        precision={k: found[f"P@{k}"] for k in ks} if precise is not None else {},
+        positives=float(positives.mean()),
     )
 
 
-def _chance(positives_Q: np.ndarray, gallery: int, k: int) -> float:
+def chance_of_recall(positives_Q: np.ndarray, gallery: int, k: int) -> float:
     """R@k of a random order: 1 - (chance of drawing k negatives in a row without replacement), mean over queries."""
     miss = np.ones(len(positives_Q))
     for drawn in range(min(k, gallery)):
@@ -353,113 +400,7 @@ def _chance(positives_Q: np.ndarray, gallery: int, k: int) -> float:
     return float(1 - miss.mean())
 
 
-def _intervals(
-    rank_Q: np.ndarray, unit_Q: np.ndarray, ks: Sequence[int], bootstrap: int, seed: int
-) -> tuple[list[tuple[float | None, float | None]], tuple[float | None, float | None]]:
-    """Percentile intervals of R@k, for each k, and of the median rank, resampling units with replacement."""
-    U = int(unit_Q.max()) + 1
-    if bootstrap == 0 or U < 2:
-        return [(None, None)] * len(ks), (None, None)
-    rng = np.random.default_rng(seed)
-    size_U = np.bincount(unit_Q, minlength=U)
-    hits_UK = np.stack([np.bincount(unit_Q, weights=rank_Q <= k, minlength=U) for k in ks], axis=1)
-    order = np.argsort(rank_Q, kind="stable")
-    sorted_rank_Q, unit_by_rank_Q = rank_Q[order], unit_Q[order]
-    recalls, medians = [], []
-    block = max(1, _DRAWS_AT_ONCE // len(rank_Q))
-    for start in range(0, bootstrap, block):
-        rows = min(block, bootstrap - start)
-        drawn = rng.integers(U, size=(rows, U)) + U * np.arange(rows)[:, None]
-        times_rU = np.bincount(drawn.ravel(), minlength=rows * U).reshape(rows, U)
-        total_r = times_rU @ size_U
-        recalls.append(times_rU @ hits_UK / total_r[:, None])
-        # Cumulated multiplicities of the sorted ranks give each resample's median without sorting it.
-        reached_rQ = times_rU[:, unit_by_rank_Q].cumsum(axis=1)
-        middle = [(reached_rQ <= place[:, None]).sum(axis=1) for place in ((total_r - 1) // 2, total_r // 2)]
-        medians.append((sorted_rank_Q[middle[0]] + sorted_rank_Q[middle[1]]) / 2)
-    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
-    low_K, high_K = np.quantile(np.concatenate(recalls), tails, axis=0)
-    low, high = np.quantile(np.concatenate(medians), tails)
-    return list(zip(low_K.tolist(), high_K.tolist(), strict=True)), (float(low), float(high))
-
-
-def _numbered(units: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """A number per distinct unit; every None gets one of its own."""
-    numbers: dict[Any, int] = {}
-    return np.array(
-        [numbers.setdefault(place if unit is None else (unit,), len(numbers)) for place, unit in enumerate(units)]
-    )
-
-
 def _shared_texts(texts: Sequence[str], owner_M: np.ndarray) -> int:
     """Texts whose exact words another image bears too."""
     images_of = Counter(text for text, _ in set(zip(texts, owner_M.tolist(), strict=True)))
     return sum(images_of[text] > 1 for text in texts)
-
-
-def _features(features: Array, what: str) -> Tensor:
-    """Rows of length one, float32; a row of zeros stays zero."""
-    tensor = torch.as_tensor(features).detach()
-    if tensor.ndim != 2 or 0 in tensor.shape:
-        raise UserError(f"{what} features have shape {tuple(tensor.shape)}, expected (rows, width), neither of them 0")
-    if not (finite := tensor.isfinite().all(dim=1)).all():
-        raise UserError(
-            f"{int((~finite).sum()):,} of {len(tensor):,} {what} feature rows hold NaN or infinity: "
-            "the weights have diverged, or were read in a precision too low for them"
-        )
-    return torch.nn.functional.normalize(tensor.float(), dim=1)
-
-
-def _integers(values: Array | Sequence[int], name: str) -> np.ndarray:
-    array = values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise UserError(f"{name} has shape {array.shape} and type {array.dtype}, expected one integer per row")
-    return array.astype(np.int64)
-
-
-def _check(image_ND: Tensor, text_MD: Tensor, owner_M: np.ndarray, chunk: int, ks: Sequence[int]) -> None:
-    N, M = len(image_ND), len(text_MD)
-    if image_ND.shape[1] != text_MD.shape[1]:
-        raise UserError(
-            f"image features are {image_ND.shape[1]} wide, text features {text_MD.shape[1]}: use the joint embedding"
-        )
-    if len(owner_M) != M:
-        raise UserError(f"text_owner_M has {len(owner_M):,} entries, expected {M:,}: one per text")
-    if owner_M.min() < 0 or owner_M.max() >= N:
-        raise UserError(f"text_owner_M spans {owner_M.min()} to {owner_M.max()}, expected rows of {N:,} images")
-    if chunk < 1 or not ks or min(ks) < 1:
-        raise UserError(f"chunk={chunk} and ks={tuple(ks)}: expected a chunk and at least one k, all of 1 or more")
-
-
-@contextmanager
-def _full_float32(device_type: str) -> Iterator[None]:
-    """Full float32 products inside: TF32 and autocast, right for training, would turn near misses into ties."""
-    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    # torch before 2.9 knows only `allow_tf32`; from then on the two ways must not be mixed.
-    setting, full = ("fp32_precision", "ieee") if hasattr(backends[0], "fp32_precision") else ("allow_tf32", False)
-    before = [(backend, getattr(backend, setting)) for backend in backends if hasattr(backend, setting)]
-    for backend, _ in before:
-        setattr(backend, setting, full)
-    try:
-        with torch.no_grad(), torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        for backend, value in before:
-            setattr(backend, setting, value)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and value != value else value
-
-
-def _cell(estimate: Estimate, form: str) -> str:
-    if estimate.low is None or estimate.high is None:
-        return format(estimate.value, form)
-    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
-
-
-def _justified(row: Sequence[str], widths: Sequence[int]) -> str:
-    cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-    return "  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip()

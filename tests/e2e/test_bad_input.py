@@ -85,6 +85,60 @@ REFUSALS = [
     ("split to score", "eval {model} --data {set}", "{set}: no split 'test'; it has 'train', 'val'"),
     ("device", "eval {model} --data {set} --split val --device gpu", "--device gpu: "),
     ("no GPU", "eval {model} --data {set} --split val --device cuda", "--device cuda: "),
+    (
+        "calibration without classes",
+        "eval {model} --data {set} --calibrate val",
+        "--calibrate serves --zero-shot FIELD",
+    ),
+    (
+        "fitted on what is scored",
+        "eval {model} --data {set} --split val --zero-shot label --calibrate val",
+        "--calibrate val: the split that is scored; expected another one to fit on",
+    ),
+    (
+        "probed on what is scored",
+        "eval {model} --data {set} --split train --probe label",
+        "--probe-train train: the split that is scored",
+    ),
+    ("split to fit on", "eval {model} --data {set} --split val --probe label --probe-train x", "{set}: no split 'x'"),
+    ("share of labels", "eval {model} --data {set} --split val --fractions 2", "--fractions: found 2.0, expected"),
+    ("batch", "eval {model} --data {set} --split val --in-batch 1", "--in-batch: found 1, expected 2 or more"),
+    (
+        "large batch",
+        "eval {model} --data {set} --split val --workers 0 --bootstrap 0 --in-batch 64",
+        "batches of 64: found 32 images with a text; expected 2 to that many",
+    ),
+    (
+        "large pool",
+        "eval {model} --data {set} --split val --workers 0 --bootstrap 0 --pool 33",
+        "a pool of 33: found 32 distinct texts, of which an image's group bears up to 1; expected 2 to 32",
+    ),
+    (
+        "field of classes",
+        "eval {model} --data {set} --split val --workers 0 --bootstrap 0 --zero-shot lable",
+        "field 'lable': fewer than two classes occur in it",
+    ),
+    (
+        "file of classes",
+        "eval {model} --data {set} --split val --zero-shot label --templates {tmp}/x",
+        "{tmp}/x: cannot",
+    ),
+    (
+        "field of subgroups",
+        "eval {model} --data {set} --split val --workers 0 --bootstrap 0 --by sex",
+        "subgroups by 'sex': no sample has it; the fields are: label, unit",
+    ),
+    ("queries alone", "eval {model} --queries {tmp}/file", "expected one file of candidates for all or one for each"),
+    (
+        "candidates alone",
+        "eval {model} --data {set} --split val --candidates {tmp}/file",
+        "--queries: found 0 files, 1",
+    ),
+    (
+        "queries of no table",
+        "eval {model} --queries {tmp}/file --candidates {tmp}/file --images {tmp}",
+        "{tmp}/file: found the suffix",
+    ),
     ("workers", "eval {model} --data {set} --split val --workers -1", "--workers: found -1, expected 0 or more"),
     (
         "groups that no sample has",
@@ -155,7 +209,7 @@ def test_nothing_else_is_printed_by_a_process_of_its_own(recipe: Callable[..., P
         (("plan", "r.yaml", "--step", "three"), "argument --step: invalid int value: 'three'"),
         (("train", "r.yaml", "--print"), "there is no such file"),  # an option may be shortened
         (("train", "r.yaml", "--fast"), "unrecognized arguments: --fast"),
-        (("eval", "model"), "the following arguments are required: --data"),
+        (("eval", "model"), "nothing to score: expected --data SET, or --queries"),
     ],
 )
 def test_wrong_options_show_the_usage(words: tuple[str, ...], answer: str, capsys: pytest.CaptureFixture[str]) -> None:

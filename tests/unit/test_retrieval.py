@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipdist.errors import UserError
-from clipdist.evaluate.retrieval import TIE_TOLERANCE, RetrievalScores, retrieval_scores, top_matches
+from clipdist.evaluate.cosines import TIE_TOLERANCE, top_matches
+from clipdist.evaluate.retrieval import RetrievalScores, retrieval_scores
 
 
 def reference_ranks(image, text, owner, group):

@@ -2,19 +2,20 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from functools import reduce
+from itertools import combinations
+from math import comb
+from operator import or_
 
 import numpy as np
 import xxhash
-from PIL import Image
 
 # Bits in which two 64-bit difference hashes may differ and still count as one picture to the eye.
 NEAR_BITS = 3
 # Hashes of nearly one value come from flat pictures and say nothing.
 FEWEST_BITS, MOST_BITS = 6, 58
-# Two hashes that differ in `NEAR_BITS` bits agree in at least two of five parts of them.
-PARTS = (0, 13, 26, 39, 52, 64)
-# Each picture is compared with at most this many of those it shares two parts with: more look too much alike.
+HASH_BITS = 64
+# Each picture is compared with at most this many of those it shares some parts with: more look too much alike.
 MOST_NEIGHBOURS = 4000
 ROWS_AT_ONCE = 1 << 22
 
@@ -24,18 +25,9 @@ def hashed(data: bytes) -> int:
     return xxhash.xxh3_64_intdigest(data) or 1
 
 
-def difference_hash(image: Image.Image) -> int:
-    """64 bits: whether each of 8 × 8 grey cells is brighter than its left neighbour (the dHash of N. Krawetz, 2013)."""
-    cells = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
-    return int.from_bytes(np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes(), "big")
-
-
 def telling(looks: np.ndarray) -> np.ndarray:
     """bool [N]: which difference hashes, uint64 [N], say something of their picture."""
-    bits = np.zeros(len(looks), np.uint8)
-    for part in range(8):
-        byte = (looks >> np.uint64(8 * part)).astype(np.uint8)
-        bits += np.unpackbits(byte[:, None], axis=1).sum(1, dtype=np.uint8)
+    bits = bit_counts(looks)
     return (bits >= FEWEST_BITS) & (bits <= MOST_BITS)
 
 
@@ -79,36 +71,67 @@ class NearSearch:
     cut_short: int
 
 
-def near_pairs(looks: np.ndarray, crowded: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Blocks of pairs (first, second), first < second, whose hashes, uint64 [N], differ in at most `NEAR_BITS` bits.
+def near_pairs(
+    looks: np.ndarray, crowded: np.ndarray | None = None, bits: int = NEAR_BITS
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of pairs (first, second), first < second, whose hashes, uint64 [N], differ in at most `bits` bits; each
+    pair once.
 
-    A pair may come several times. Pairs of a row with more than `MOST_NEIGHBOURS` candidates may be missing: `crowded`,
-    bool [N], becomes true for such rows.
+    Cut into `bits` + a parts, two such hashes agree in at least a of them: for each choice of a parts, rows are sorted
+    by these, and only neighbours that agree in them are compared (after G. Manku et al. 2007, "Detecting
+    near-duplicates for web crawling", section 3). Pairs of a row with more than `MOST_NEIGHBOURS` candidates may be
+    missing: `crowded`, bool [N], becomes true for such rows.
     """
-    for order, neighbours in _candidates(looks):
+    agreeing = _agreeing_parts(len(looks), bits)
+    parts = [sum(1 << bit for bit in range(part, HASH_BITS, bits + agreeing)) for part in range(bits + agreeing)]
+    for chosen in combinations(range(len(parts)), agreeing):
+        mask = np.uint64(reduce(or_, (parts[part] for part in chosen)))
+        others = [np.uint64(parts[part]) for part in range(chosen[-1]) if part not in chosen]
+        order, starts, ends = _runs(looks & mask)
+        neighbours = np.repeat(ends, ends - starts) - np.arange(len(order)) - 1
         if crowded is not None:
             crowded[order[neighbours > MOST_NEIGHBOURS]] = True
-        ordered = looks[order]
-        rows = np.flatnonzero(neighbours)
-        for distance in range(1, int(min(neighbours.max(initial=0), MOST_NEIGHBOURS)) + 1):
-            rows = rows[neighbours[rows] >= distance]
-            for at in range(0, len(rows), ROWS_AT_ONCE):
-                some = rows[at : at + ROWS_AT_ONCE]
-                different = ordered[some] ^ ordered[some + distance]
-                for _ in range(NEAR_BITS):  # each round clears the lowest bit that is set
-                    different &= different - (different != 0).astype(np.uint64)
-                found = some[different == 0]
-                if len(found):
-                    pair = order[found], order[found + distance]
-                    yield np.minimum(*pair), np.maximum(*pair)
+        for first, different in _neighbours_within(looks[order], neighbours, bits):
+            # A pair that agrees in more parts than these is left to the first choice among them.
+            new = np.ones(len(different), bool)
+            for part in others:
+                new &= (different & part) != 0
+            pair = order[first[0][new]], order[first[1][new]]
+            yield np.minimum(*pair), np.maximum(*pair)
 
 
-def _candidates(looks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each choice of two parts: rows in order of these, and how many of the next ones agree with each in both."""
-    parts = [(1 << stop) - (1 << start) for start, stop in pairwise(PARTS)]
-    for first, second in combinations(parts, 2):
-        order, starts, ends = _runs(looks & np.uint64(first | second))
-        yield order, np.repeat(ends, ends - starts) - np.arange(len(order)) - 1
+def _agreeing_parts(count: int, bits: int) -> int:
+    """The number of parts that neighbours must agree in for the least work: sorts of all rows, and comparisons."""
+
+    def work(agreeing: int) -> float:
+        sorts = comb(bits + agreeing, agreeing)
+        return sorts * count * (20 + count / 2 ** (HASH_BITS * agreeing / (bits + agreeing)))
+
+    return min(range(1, 6), key=work)
+
+
+def _neighbours_within(
+    ordered: np.ndarray, neighbours: np.ndarray, bits: int
+) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], np.ndarray]]:
+    """Places in `ordered` of pairs at most `bits` apart, and their differing bits; each is compared with the next
+    `neighbours` ones."""
+    rows = np.flatnonzero(neighbours)
+    for distance in range(1, int(min(neighbours.max(initial=0), MOST_NEIGHBOURS)) + 1):
+        rows = rows[neighbours[rows] >= distance]
+        for at in range(0, len(rows), ROWS_AT_ONCE):
+            some = rows[at : at + ROWS_AT_ONCE]
+            different = ordered[some] ^ ordered[some + distance]
+            found = np.flatnonzero(bit_counts(different) <= bits)
+            if len(found):
+                yield (some[found], some[found] + distance), different[found]
+
+
+def bit_counts(words: np.ndarray) -> np.ndarray:
+    """uint8 [N]: how many bits of each word, uint64 [N], are set."""
+    if hasattr(np, "bitwise_count"):  # NumPy 2
+        return np.bitwise_count(words)
+    bytes_ = np.ascontiguousarray(words).view(np.uint8).reshape(len(words), 8)
+    return np.unpackbits(bytes_, axis=1).sum(1, dtype=np.uint8)
 
 
 def search_near(looks: np.ndarray, digests: np.ndarray, sets: np.ndarray) -> NearSearch:

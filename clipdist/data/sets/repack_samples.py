@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from clipdist.data.images.header import header_of
+from clipdist.data.images.looks import difference_hash
 from clipdist.data.images.pillow import open_image, to_rgb
 from clipdist.data.sets.conditions import Condition
-from clipdist.data.sets.duplicates import difference_hash, hashed
+from clipdist.data.sets.duplicates import hashed
 from clipdist.data.sets.pack import SPLIT_NAME
 from clipdist.data.sets.recode import ImageOptions, UnusableImage, recode
 from clipdist.data.shards import BadSample, RawSample, ShardFile

@@ -10,8 +10,13 @@ from operator import or_
 import numpy as np
 import xxhash
 
+from clipdist.data.images.looks import same_pictures
+from clipdist.errors import UserError
+
 # Bits in which two 64-bit difference hashes may differ and still count as one picture to the eye.
 NEAR_BITS = 3
+# Bits in which they may differ for two pictures to be looked at more closely.
+CANDIDATE_BITS = 10
 # Hashes of nearly one value come from flat pictures and say nothing.
 FEWEST_BITS, MOST_BITS = 6, 58
 HASH_BITS = 64
@@ -175,3 +180,88 @@ def keep_first(digests: np.ndarray, looks: np.ndarray | None = None) -> np.ndarr
         if kept[first] == first and kept[second] == second:
             kept[second] = first
     return kept[kept]
+
+
+@dataclass
+class Duplicates:
+    """What N pictures have twice. `first_N`: the first row with the same bytes. `pairs_P2`, first < second: rows of
+    other bytes that show the same picture, each the first of its bytes; `scores_P` says how well their details
+    correlate. `cut_short` counts pictures with too many neighbours for all to be compared.
+    """
+
+    first_N: np.ndarray
+    pairs_P2: np.ndarray
+    scores_P: np.ndarray
+    cut_short: int = 0
+
+    def edges(self) -> np.ndarray:
+        """int64 [E, 2]: rows that belong together, by equal bytes or equal looks."""
+        copies = np.flatnonzero(self.first_N != np.arange(len(self.first_N)))
+        return np.concatenate([np.stack([self.first_N[copies], copies], 1), self.pairs_P2])
+
+
+def find_duplicates(digests: np.ndarray, looks: np.ndarray, bits: int = CANDIDATE_BITS) -> Duplicates:
+    """The same picture again, in other bytes, size, brightness, or cut a little at its edges.
+
+    `digests` of bytes, uint64 [N], 0 meaning no picture; `looks` have dtype `LOOK`. Candidates are pairs of which the
+    hash of one, and that of the other or of its middle, differ in at most `bits` bits, all of them; the thumbnails
+    decide. Mirrored, turned and decoloured copies are not found, nor is anything among flat pictures.
+    """
+    first = first_of_equal(digests)
+    rows = np.flatnonzero((first == np.arange(len(digests))) & (digests != 0))
+    hashes = np.concatenate([looks["whole"][rows], looks["middle"][rows]])
+    owners = np.concatenate([rows, rows])
+    is_middle = np.repeat([False, True], len(rows))
+    chosen = telling(hashes)
+    hashes, owners, is_middle = hashes[chosen], owners[chosen], is_middle[chosen]
+    crowded = np.zeros(len(hashes), bool)
+    waiting: list[np.ndarray] = []
+    confirmed: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def confirm() -> None:
+        codes = np.unique(np.concatenate(waiting))
+        pairs = np.stack([codes // len(digests), codes % len(digests)], 1)
+        scores = same_pictures(looks, pairs)
+        confirmed.append((codes[scores > 0], scores[scores > 0]))
+        waiting.clear()
+
+    for one, other in near_pairs(hashes, crowded, bits):
+        useful = ~(is_middle[one] & is_middle[other]) & (owners[one] != owners[other])
+        pair = owners[one[useful]], owners[other[useful]]
+        waiting.append(np.minimum(*pair) * len(digests) + np.maximum(*pair))
+        if sum(map(len, waiting)) > ROWS_AT_ONCE:
+            confirm()
+    if waiting:
+        confirm()
+    cut_short = len(np.unique(owners[crowded]))
+    if not confirmed:
+        return Duplicates(first, np.zeros((0, 2), np.int64), np.zeros(0, np.float32), cut_short)
+    codes, places = np.unique(np.concatenate([codes for codes, _ in confirmed]), return_index=True)
+    scores = np.concatenate([scores for _, scores in confirmed])[places]
+    return Duplicates(first, np.stack([codes // len(digests), codes % len(digests)], 1), scores, cut_short)
+
+
+def cosine_pairs(features_ND: np.ndarray, least: float, most: int = 10_000_000) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [P, 2], first < second; float32 [P]): all pairs of unit vectors, float32, whose cosine is `least` or more.
+
+    Every vector is multiplied with every other, in blocks: N² · D operations. Raises `UserError` for more than `most`
+    pairs.
+    """
+    rows, columns, cosines, found = [], [], [], 0
+    block = 2048
+    for top in range(0, len(features_ND), block):
+        for left in range(top, len(features_ND), block):
+            product = features_ND[top : top + block] @ features_ND[left : left + block].T
+            near = product >= least
+            if left == top:
+                near = np.triu(near, 1)
+            row, column = np.nonzero(near)
+            found += len(row)
+            if found > most:
+                raise UserError(f"more than {most:,} pairs of pictures have a cosine of {least} or more; ask for more")
+            rows.append(top + row)
+            columns.append(left + column)
+            cosines.append(product[row, column].astype(np.float32))
+    pairs = np.stack([np.concatenate(rows), np.concatenate(columns)], 1) if rows else np.zeros((0, 2), np.int64)
+    order = np.lexsort((pairs[:, 1], pairs[:, 0]))
+    return pairs[order], (np.concatenate(cosines) if cosines else np.zeros(0, np.float32))[order]

@@ -20,10 +20,10 @@ most; the 95th percentile of brightness; the share of pixels that are white; `bl
 class QualityLimits:
     """Beyond which a picture is named. Grey levels count 0 to 255, sides in pixels.
 
-    `blank`: spread below. `blurred`: blur above; .53 lies above the sharp photographs, drawings and phantoms that it was
-    measured on (at most .49), and below 99 % of the photographs after a Gaussian blur of 2 pixels at the size judged.
-    `saturated`: share of white above; drawings on white have much of it. `dark`: bright below. `tiny`: shorter side
-    below. `long`: aspect above.
+    `blank`: spread below. `blurred`: blur above; .53 lies above the sharp photographs, drawings and phantoms that it
+    was measured on (at most .49), and below 99 % of the photographs after a Gaussian blur of 2 pixels at the size
+    judged. `saturated`: share of white above; drawings on white have much of it. `dark`: bright below. `tiny`: shorter
+    side below. `long`: aspect above.
     """
 
     blank: float = 10.0

@@ -91,9 +91,8 @@ def divide(
         raise UserError(f"{survey.folder}: no sample can be read; run: clipdist verify {survey.folder}")
     keys = [survey.rows.key(row) for row in rows.tolist()]
     if len(set(keys)) < len(keys):
-        raise UserError(
-            f"{survey.folder}: {len(keys) - len(set(keys)):,} keys are used twice; clipdist verify names them"
-        )
+        twice = len(keys) - len(set(keys))
+        raise UserError(f"{survey.folder}: {twice:,} keys are used twice; clipdist verify names them")
     labels = _labels(survey, stratify_by)
     chosen = [labels[row] for row in rows.tolist()]
     splits = split_by(chosen, together[rows], fractions, seed)
@@ -103,7 +102,8 @@ def divide(
 
 
 def _labels(survey: Survey, field_name: str) -> list[str | None]:
-    shard_set, labels = ShardSet.open(survey.folder), [None] * len(survey.rows)
+    shard_set = ShardSet.open(survey.folder)
+    labels: list[str | None] = [None] * len(survey.rows)
     for number, name in enumerate(survey.rows.splits):
         values = field_values(shard_set.split(name), field_name)
         for row, code in zip(np.flatnonzero(survey.rows.split_of == number), values.codes.tolist(), strict=True):

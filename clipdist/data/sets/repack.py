@@ -177,6 +177,7 @@ def _assign(rows: _Rows, table: Path, plan: _Plan) -> None:
 
     read = read_table(table)
     check_columns(read, ["key", "split"], str(table))
+    read = read.dropna(subset=["key", "split"])
     split_of = dict(zip(read["key"].astype(str).tolist(), read["split"].astype(str).tolist(), strict=True))
     if len(split_of) < len(read):
         raise UserError(f"{table}: {len(read) - len(split_of):,} keys come more than once; expected each once")

@@ -25,7 +25,7 @@ def caption_figures(survey: Survey) -> dict[str, Any]:
     distinct = {}
     for number, name in enumerate(survey.rows.splits):
         own = split_of_M == number
-        distinct[name], counts = np.unique(text[own], return_counts=True)
+        distinct[name], first, counts = np.unique(text[own], return_index=True, return_counts=True)
         rows = survey.rows.split_of == number
         words = survey.captions["words"][own]
         figures["splits"][name] = {
@@ -37,9 +37,9 @@ def caption_figures(survey: Survey) -> dict[str, Any]:
             "commonest": [],
             "words": _spread(words),
         }
-        for place in np.argsort(-counts, kind="stable")[:SHOWN]:
+        for place in np.lexsort((first, -counts))[:SHOWN]:
             if counts[place] > 1:
-                found = _text(survey, int(np.flatnonzero(own & (text == distinct[name][place]))[0]))
+                found = _text(survey, int(np.flatnonzero(own)[first[place]]))
                 share = round(int(counts[place]) / int(own.sum()), 4)
                 one = {"text": found, "times": int(counts[place]), "share": share}
                 figures["splits"][name]["commonest"].append(one)

@@ -41,6 +41,7 @@ def write_page(audit: Audit, path: Path, shown: int = 24) -> Path:
     page = environment.get_template("audit.html.j2").render(
         body=body,
         leaks=audit.leaks,
+        verdict=_verdict(body["leaks"]),
         pairs=[one for one in _pair_sections(audit, shown) if one["shown"]],
         faults=[one for one in _fault_sections(audit, shown) if one["count"]],
         classes=classes[:SHOWN_CLASSES],
@@ -54,6 +55,17 @@ def write_page(audit: Audit, path: Path, shown: int = 24) -> Path:
     unfinished.write_text(page, encoding="utf-8")
     os.replace(unfinished, path)
     return path
+
+
+def _verdict(leaks: dict[str, Any]) -> str:
+    kinds = {
+        "units": ("unit", ""),
+        "same": ("picture", " of equal bytes"),
+        "near": ("pair", " of near-duplicates"),
+        "embedding": ("pair", " of neighbours by cosine"),
+    }
+    counts = [(leaks[kind]["straddling"], *words) for kind, words in kinds.items() if kind in leaks]
+    return ", ".join(f"{count:,} {one}{'' if count == 1 else 's'}{of}" for count, one, of in counts if count)
 
 
 def _pair_sections(audit: Audit, shown: int) -> Iterator[dict[str, Any]]:

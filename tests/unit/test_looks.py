@@ -135,6 +135,22 @@ def test_near_pairs_are_all_those_within_any_distance_once(data: st.DataObject) 
     assert set(found) == {(i, j) for i, a in numbered for j, b in numbered if i < j and (a ^ b).bit_count() <= bits}
 
 
+@pytest.mark.parametrize("few", [0, 10**9], ids=["parts by trial", "one part"])
+def test_long_runs_lose_and_double_nothing(monkeypatch: pytest.MonkeyPatch, few: int) -> None:
+    monkeypatch.setattr(duplicates, "FEW_ROWS", few)
+    draw = np.random.default_rng(3)
+    # Two crowds that agree in most bits, each longer than `LONG_RUN`, among hashes of no kind.
+    crowds = [
+        np.uint64(base) ^ (draw.integers(0, 2, (200, 12)) << draw.integers(0, 64, 12)).sum(1, dtype=np.uint64)
+        for base in (0x0123456789ABCDEF, 0x0F1E2D3C4B5A6978)
+    ]
+    looks = np.concatenate([*crowds, draw.integers(0, 2**64, 100, dtype=np.uint64)])
+    found = [pair for one in near_pairs(looks, None, 4) for pair in zip(*map(np.ndarray.tolist, one), strict=True)]
+    rows, columns = np.nonzero(np.triu(bit_counts(looks[:, None] ^ looks[None]) <= 4, 1))
+    assert len(found) == len(set(found)) > 1000
+    assert set(found) == set(zip(rows.tolist(), columns.tolist(), strict=True))
+
+
 def test_crowds_are_counted_when_they_are_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duplicates, "MOST_NEIGHBOURS", 3)
     looks = np.zeros(9, LOOK)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
-from itertools import combinations
+from itertools import combinations, islice
 from math import comb
 from operator import or_
 
@@ -23,6 +23,10 @@ HASH_BITS = 64
 # Each picture is compared with at most this many of those it shares some parts with: more look too much alike.
 MOST_NEIGHBOURS = 4000
 ROWS_AT_ONCE = 1 << 22
+# Rows that agree in some parts: up to this many are compared with each other by place, more of them as a table.
+LONG_RUN, COLUMNS_AT_ONCE = 128, 2048
+# What sorting a row costs, in comparisons; below `FEW_ROWS` nothing takes long.
+SORT_COST, FEW_ROWS = 50, 2000
 
 
 def hashed(data: bytes) -> int:
@@ -87,56 +91,85 @@ def near_pairs(
     near-duplicates for web crawling", section 3). Pairs of a row with more than `MOST_NEIGHBOURS` candidates may be
     missing: `crowded`, bool [N], becomes true for such rows.
     """
-    agreeing = _agreeing_parts(len(looks), bits)
-    parts = [sum(1 << bit for bit in range(part, HASH_BITS, bits + agreeing)) for part in range(bits + agreeing)]
-    for chosen in combinations(range(len(parts)), agreeing):
-        mask = np.uint64(reduce(or_, (parts[part] for part in chosen)))
-        others = [np.uint64(parts[part]) for part in range(chosen[-1]) if part not in chosen]
+    for mask, others in _choices(bits, _agreeing_parts(looks, bits)):
         order, starts, ends = _runs(looks & mask)
-        neighbours = np.repeat(ends, ends - starts) - np.arange(len(order)) - 1
         if crowded is not None:
+            neighbours = np.repeat(ends, ends - starts) - np.arange(len(order)) - 1
             crowded[order[neighbours > MOST_NEIGHBOURS]] = True
-        for first, different in _neighbours_within(looks[order], neighbours, bits):
+        for first, second, different in _within_runs(looks[order], starts, ends, bits):
             # A pair that agrees in more parts than these is left to the first choice among them.
             new = np.ones(len(different), bool)
             for part in others:
                 new &= (different & part) != 0
-            pair = order[first[0][new]], order[first[1][new]]
+            pair = order[first[new]], order[second[new]]
             yield np.minimum(*pair), np.maximum(*pair)
 
 
-def _agreeing_parts(count: int, bits: int) -> int:
-    """The number of parts that neighbours must agree in for the least work: sorts of all rows, and comparisons."""
+def _choices(bits: int, agreeing: int) -> Iterator[tuple[np.uint64, list[np.uint64]]]:
+    """(bits to sort by, parts that must differ) of each choice of `agreeing` of all parts. Neighbouring bits, which
+    depend on each other, go to different parts, so that no part says much less than another."""
+    parts = [sum(1 << bit for bit in range(part, HASH_BITS, bits + agreeing)) for part in range(bits + agreeing)]
+    for chosen in combinations(range(len(parts)), agreeing):
+        mask = np.uint64(reduce(or_, (parts[part] for part in chosen)))
+        yield mask, [np.uint64(parts[part]) for part in range(chosen[-1]) if part not in chosen]
+
+
+def _agreeing_parts(looks: np.ndarray, bits: int) -> int:
+    """The number of parts that neighbours must agree in for the least work, sorts and comparisons, as some of the
+    choices show it: real hashes fill few of all values, and a few of them often."""
 
     def work(agreeing: int) -> float:
         sorts = comb(bits + agreeing, agreeing)
-        return sorts * count * (20 + count / 2 ** (HASH_BITS * agreeing / (bits + agreeing)))
+        compared = 0.0
+        for mask, _ in islice(_choices(bits, agreeing), 0, None, max(1, sorts // 3)):
+            _, starts, ends = _runs(looks & mask)
+            sizes = (ends - starts).astype(float)
+            compared = max(compared, float((sizes * np.minimum(sizes - 1, 2 * MOST_NEIGHBOURS)).sum() / 2))
+        return sorts * (SORT_COST * len(looks) + compared)
 
-    return min(range(1, 6), key=work)
+    possible = range(1, 6)
+    return min(possible, key=work) if len(looks) > FEW_ROWS else 1
 
 
-def _neighbours_within(
-    ordered: np.ndarray, neighbours: np.ndarray, bits: int
-) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], np.ndarray]]:
-    """Places in `ordered` of pairs at most `bits` apart, and their differing bits; each is compared with the next
-    `neighbours` ones."""
-    rows = np.flatnonzero(neighbours)
-    for distance in range(1, int(min(neighbours.max(initial=0), MOST_NEIGHBOURS)) + 1):
-        rows = rows[neighbours[rows] >= distance]
+def _within_runs(
+    ordered: np.ndarray, starts: np.ndarray, ends: np.ndarray, bits: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(first places, second places, differing bits) of pairs in one run of `ordered`, at most `bits` bits and
+    `MOST_NEIGHBOURS` places apart."""
+    sizes = ends - starts
+    # Short runs all at once, each row with its next, then with the one after that.
+    rows = np.flatnonzero(np.repeat((sizes > 1) & (sizes <= LONG_RUN), sizes))
+    last = np.repeat(ends, sizes)
+    for distance in range(1, min(LONG_RUN, MOST_NEIGHBOURS + 1)):
+        rows = rows[rows + distance < last[rows]]
+        if not len(rows):
+            break
         for at in range(0, len(rows), ROWS_AT_ONCE):
             some = rows[at : at + ROWS_AT_ONCE]
             different = ordered[some] ^ ordered[some + distance]
             found = np.flatnonzero(bit_counts(different) <= bits)
             if len(found):
-                yield (some[found], some[found] + distance), different[found]
+                yield some[found], some[found] + distance, different[found]
+    for run in np.flatnonzero(sizes > LONG_RUN):
+        start, end = int(starts[run]), int(ends[run])
+        for top in range(start, end, LONG_RUN):
+            stop = min(top + LONG_RUN, end)
+            for left in range(top, min(end, stop + MOST_NEIGHBOURS), COLUMNS_AT_ONCE):
+                right = min(left + COLUMNS_AT_ONCE, end)
+                different = ordered[top:stop, None] ^ ordered[None, left:right]
+                row, column = np.nonzero(bit_counts(different) <= bits)
+                first, second = row + top, column + left
+                kept = (second > first) & (second - first <= MOST_NEIGHBOURS)
+                if kept.any():
+                    yield first[kept], second[kept], different[row[kept], column[kept]]
 
 
 def bit_counts(words: np.ndarray) -> np.ndarray:
-    """uint8 [N]: how many bits of each word, uint64 [N], are set."""
+    """How many bits of each word, uint64 of any shape, are set; uint8."""
     if hasattr(np, "bitwise_count"):  # NumPy 2
         return np.bitwise_count(words)
-    bytes_ = np.ascontiguousarray(words).view(np.uint8).reshape(len(words), 8)
-    return np.unpackbits(bytes_, axis=1).sum(1, dtype=np.uint8)
+    bytes_ = np.ascontiguousarray(words)[..., None].view(np.uint8)
+    return np.unpackbits(bytes_, axis=-1).sum(-1, dtype=np.uint8)
 
 
 def search_near(looks: np.ndarray, digests: np.ndarray, sets: np.ndarray) -> NearSearch:

@@ -37,18 +37,18 @@ def caption_figures(survey: Survey) -> dict[str, Any]:
             "commonest": [],
             "words": _spread(words),
         }
-        for place in np.lexsort((first, -counts))[:SHOWN]:
+        for place in np.lexsort((first, -counts))[:SHOWN].tolist():
             if counts[place] > 1:
                 found = _text(survey, int(np.flatnonzero(own)[first[place]]))
                 share = round(int(counts[place]) / int(own.sum()), 4)
                 one = {"text": found, "times": int(counts[place]), "share": share}
                 figures["splits"][name]["commonest"].append(one)
     names = survey.rows.splits
-    for first, second in ((a, b) for a in names for b in names if a != b):
-        own = text[split_of_M == names.index(first)]
+    for name, other in ((a, b) for a in names for b in names if a != b):
+        own = text[split_of_M == names.index(name)]
         if len(own):
-            share = round(float(np.isin(own, distinct[second]).mean()), 4)
-            figures["shared"].append({"of": first, "also_in": second, "share": share})
+            share = round(float(np.isin(own, distinct[other]).mean()), 4)
+            figures["shared"].append({"of": name, "also_in": other, "share": share})
     return figures
 
 

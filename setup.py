@@ -33,6 +33,7 @@ REQUIRED = [
     "jinja2>=3.1",  # the report
     "matplotlib>=3.8",  # the report's curves
     "scikit-learn>=1.4",  # splitters, probes
+    "scipy>=1.11",  # connected components; scikit-learn needs it too
     "pandas>=2.1",  # CSV, TSV, JSONL, Parquet and XLSX tables
     "pyarrow>=15.0",  # Parquet
     "openpyxl>=3.1",  # XLSX

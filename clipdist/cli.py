@@ -15,6 +15,11 @@ VERBS = {
     "index": ("clipdist.data.sets.index_command", "make WebDataset tars of other tools into a shard set, in place"),
     "verify": ("clipdist.data.sets.verify_command", "find damage in a shard set, and leaks between its splits"),
     "repack": ("clipdist.data.sets.repack_command", "a shard set anew: other shards, images, order, splits"),
+    "audit": (
+        "clipdist.evaluate.audit_command",
+        "leaks, duplicates, captions, classes and quality, on a page to look at",
+    ),
+    "split": ("clipdist.data.sets.split_command", "new splits: units and near-duplicates whole, labels in proportion"),
     "plan": ("clipdist.data.plan_command", "print which samples make up the batch of a step"),
     "train": ("clipdist.train.command", "train a run from a recipe, in this process"),
     "node": ("clipdist.cluster.node_command", "one node's processes of a SLURM job, as a task of it"),

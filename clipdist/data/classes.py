@@ -140,6 +140,34 @@ def class_table(split: Split, field: str) -> ClassTable:
     return ClassTable(path)
 
 
+@dataclass
+class FieldValues:
+    """What a field says of each sample of a split: `codes`, int64 [N], number the `names`, and are -1 for the `lacking`
+    samples without the field and the `unreadable` ones."""
+
+    codes: np.ndarray
+    names: list[str]
+    lacking: int
+    unreadable: int
+
+    def counts(self) -> dict[str, int]:
+        """name -> samples, the commonest first."""
+        counts = np.bincount(self.codes[self.codes >= 0], minlength=len(self.names))
+        order = np.argsort(-counts, kind="stable")
+        return {self.names[code]: int(counts[code]) for code in order}
+
+
+def field_values(split: Split, field: str) -> FieldValues:
+    """The values of `field`, read from every sample's JSON; nothing is kept."""
+    codes_of: dict[str, int] = {}
+    codes, lacking, unreadable = [np.zeros(0, np.int64)], 0, 0
+    for found in _read_all(split, field):
+        lacking, unreadable = lacking + found.lacking, unreadable + len(found.unreadable)
+        table = np.array([codes_of.setdefault(name, len(codes_of)) for name in found.names] + [-1], np.int64)
+        codes.append(table[np.minimum(found.codes, len(found.names))])
+    return FieldValues(np.concatenate(codes), list(codes_of), lacking, unreadable)
+
+
 def _identity(split: Split, field: str) -> str:
     """16 hexadecimal digits of what decides the classes."""
     return xxhash.xxh3_64_hexdigest(f"{split.name}\0{field}\0{split.digest}".encode())

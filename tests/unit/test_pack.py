@@ -21,7 +21,7 @@ from clipdist.data.sets.recode import ImageOptions
 from clipdist.data.sets.writer import ShardSetWriter, tar_header
 from clipdist.data.shards import MANIFEST, ShardSet, checksum_file
 from clipdist.errors import UserError
-from tests.unit.pictures import encoded, picture
+from tests.unit.pictures import encoded, photograph, picture
 
 
 @pytest.fixture
@@ -369,3 +369,24 @@ def test_pairs_may_hold_bytes_and_repeat_no_key_across_splits(tmp_path: Path) ->
     assert rejected_rows(tmp_path / "out") == [
         {"row": "", "key": "a", "image": f"{len(data)} bytes", "reason": "duplicate key a"}
     ]
+
+
+def test_duplicates_are_kept_together_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "photos").mkdir()
+    rows = ["image,text"]
+    for number in range(12):
+        whole = photograph(200, 160, number)
+        files = {f"{number}.png": encoded(whole), f"{number}-small.jpg": encoded(whole.resize((150, 120)), "JPEG")}
+        for name, data in files.items():
+            (tmp_path / "photos" / name).write_bytes(data)
+            rows.append(f"{name},a caption of {name}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows), encoding="utf-8")
+    words = [tmp_path / "pairs.csv", "--images", tmp_path / "photos", "--workers", 0]
+    run(*words, "--out", tmp_path / "out", "--split", "train=0.5", "test=0.5", "--join-duplicates")
+    assert "the same picture again: 12 times; kept together" in capsys.readouterr().out
+    opened = ShardSet.open(tmp_path / "out")
+    assert opened.manifest.notes["split"]["duplicates_joined"] == 12
+    where = {opened.split(name).key(row): name for name in ("train", "test") for row in range(len(opened.split(name)))}
+    assert all(where[str(number)] == where[f"{number}-small"] for number in range(12))
+    with pytest.raises(UserError, match="--join-duplicates needs --split"):
+        run(*words, "--out", tmp_path / "other", "--join-duplicates")

@@ -208,6 +208,43 @@ def test_a_picture_goes_only_for_one_that_is_kept() -> None:
     assert keep_first(np.array([1, 2, 3], np.uint64), looks).tolist() == [0, 0, 2]
 
 
+# Splits by a table
+
+
+def split_table(path: Path, rows: list[tuple[str, str]]) -> Path:
+    path.write_text("key,split\n" + "".join(f"{key},{split}\n" for key, split in rows), encoding="utf-8")
+    return path
+
+
+def test_a_table_names_the_splits_and_leaves_out_the_rest(source: Path, tmp_path: Path) -> None:
+    rows = [("a/003", "test"), ("a/021", "train"), ("a/000", "train"), ("a/001", "")]
+    table = split_table(tmp_path / "splits.csv", rows)
+    assert main(["repack", str(source), str(tmp_path / "new"), "--split-table", str(table)]) == 0
+    assert keys(tmp_path / "new", "test") == ["a/003"]
+    assert keys(tmp_path / "new", "train") == ["a/000", "a/021"]
+    manifest = ShardSet.open(tmp_path / "new").manifest
+    assert manifest.notes["left_out"] == {f"--split-table {table}": 23}
+    assert "splits.csv" in manifest.sources
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("a/000", "train"), ("a/000", "test")], "1 keys come more than once"),
+        ([("a/000", "train"), ("other", "test")], "1 of 2 keys, such as 'other', are not in"),
+        ([("a/000", "a b")], "found the split 'a b', expected letters"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(
+    source: Path, tmp_path: Path, rows: list[tuple[str, str]], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = split_table(tmp_path / "splits.csv", rows)
+    assert main(["repack", str(source), str(tmp_path / "new"), "--split-table", str(table)]) == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match="--split-table excludes"):
+        Choice(split_table=str(table), splits={"train": "train"})
+
+
 # Tars of other tools
 
 

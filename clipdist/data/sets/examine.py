@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from clipdist.data.images.looks import difference_hash
 from clipdist.data.images.pillow import open_image, to_rgb
-from clipdist.data.sets.duplicates import difference_hash, hashed
+from clipdist.data.sets.duplicates import hashed
 from clipdist.data.sets.tar_samples import index_tar
 from clipdist.data.shard_index import MEMBERS
 from clipdist.data.shards import BadSample, ShardFile, ShardInfo, checksum_file

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from clipdist.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from clipdist.data.sets.pack import Pair, Rejected
 
 DESCRIPTION = """\
@@ -53,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     split.add_argument("--split-column", metavar="COLUMN", help="holds the names of splits that are fixed already")
     split.add_argument(
         "--stratify-by", metavar="COLUMN", help="keep its values in proportion (default: the label column, if any)"
+    )
+    split.add_argument(
+        "--join-duplicates", action="store_true", help="look at all images first; near-duplicates share a split"
     )
     split.add_argument("--keep-order", action="store_true", help="do not shuffle samples within their split")
     add_packing_arguments(parser)
@@ -136,6 +141,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--split and --split-column exclude each other; leave one out")
     if args.stratify_by and not args.split:
         raise UserError("--stratify-by needs --split NAME=FRACTION ...")
+    if args.join_duplicates and not args.split:
+        raise UserError("--join-duplicates needs --split NAME=FRACTION ...")
     fractions = parse_fractions(args.split) if args.split else {"train": 1.0}
     options = packing_options(args)
     try:
@@ -198,6 +205,18 @@ def _read(
     stratify = None
     if args.stratify_by:
         stratify = dict(zip(table.index.tolist(), table[args.stratify_by].astype(str).tolist(), strict=True))
-    split = tables.split_pairs(pairs, fractions, args.seed, stratify)
+    together = _duplicates(args, pairs) if args.join_duplicates else None
+    split = tables.split_pairs(pairs, fractions, args.seed, stratify, together)
     notes["split"] = {"fractions": fractions, "seed": args.seed, "stratify_by": args.stratify_by or args.label_column}
+    if together is not None:
+        notes["split"]["duplicates_joined"] = len(together)
     return split, rejected, notes
+
+
+def _duplicates(args: argparse.Namespace, pairs: list["Pair"]) -> "np.ndarray":
+    """int64 [E, 2]: places of pairs with the same picture."""
+    from clipdist.prepare.units import duplicates_of
+
+    found = duplicates_of([pair.image for pair in pairs], workers=args.workers, max_pixels=args.max_pixels)
+    print(f"the same picture again: {len(found.edges()):,} times; kept together")
+    return found.edges()

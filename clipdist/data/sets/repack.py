@@ -11,6 +11,7 @@ import numpy as np
 
 from clipdist.data.sets.duplicates import keep_first
 from clipdist.data.sets.pack import (
+    SPLIT_NAME,
     PackSummary,
     Pair,
     Refused,
@@ -24,7 +25,7 @@ from clipdist.data.sets.recode import ImageOptions
 from clipdist.data.sets.repack_samples import Choice, Dedupe, Row, opened_shard, survey, take
 from clipdist.data.sets.source import opened_source
 from clipdist.data.sets.writer import ShardSetWriter
-from clipdist.data.shards import ShardInfo, ShardSet
+from clipdist.data.shards import ShardInfo, ShardSet, checksum_file
 from clipdist.errors import UserError, disk_errors
 from clipdist.progress import progress
 
@@ -52,9 +53,12 @@ class _Rows:
         info, place = self.info(number)
         return Row(str(self.folder / info.file), place)
 
+    def key(self, number: int) -> str:
+        row = self.row(number)
+        return opened_shard(row.path).index.key(row.place)
+
     def rejected(self, number: int, reason: str) -> Rejected:
-        info, place = self.info(number)
-        return Rejected(int(number) + 1, opened_shard(str(self.folder / info.file)).index.key(place), info.file, reason)
+        return Rejected(int(number) + 1, self.key(number), self.info(number)[0].file, reason)
 
 
 class _Numbers(Sequence[Row]):
@@ -120,6 +124,8 @@ def _plan(rows: _Rows, choice: Choice, workers: int, quiet: bool) -> _Plan:
         plan.splits = rows.split_of[plan.numbers]
         if choice.fractions:
             _divide(choice, choice.fractions, plan, columns)
+    if choice.split_table:
+        _assign(rows, Path(choice.split_table), plan)
     if choice.shuffle is not None:
         shuffled = np.random.default_rng(choice.shuffle).permutation(len(plan.numbers))
         plan.numbers, plan.splits = plan.numbers[shuffled], plan.splits[shuffled]
@@ -163,6 +169,32 @@ def _divide(choice: Choice, fractions: dict[str, float], plan: _Plan, columns: d
     names = split_by(labels if labels.any() else None, codes, fractions, choice.seed)
     plan.names = list(fractions)
     plan.splits = np.array([plan.names.index(name) for name in names.tolist()], np.int32)
+
+
+def _assign(rows: _Rows, table: Path, plan: _Plan) -> None:
+    """The splits that a table names; samples that it does not name are left out."""
+    from clipdist.data.sets.tables import check_columns, read_table  # brings pandas
+
+    read = read_table(table)
+    check_columns(read, ["key", "split"], str(table))
+    read = read.dropna(subset=["key", "split"])
+    split_of = dict(zip(read["key"].astype(str).tolist(), read["split"].astype(str).tolist(), strict=True))
+    if len(split_of) < len(read):
+        raise UserError(f"{table}: {len(read) - len(split_of):,} keys come more than once; expected each once")
+    plan.names = list(dict.fromkeys(split_of.values()))
+    for name in plan.names:
+        if not SPLIT_NAME.fullmatch(name):
+            raise UserError(f"{table}: found the split {name!r}, expected letters, digits, _ and -")
+    keys = [rows.key(number) for number in range(len(rows))]
+    if unknown := split_of.keys() - set(keys):
+        raise UserError(
+            f"{table}: {len(unknown):,} of {len(split_of):,} keys, such as {min(unknown)!r}, are not in {rows.folder}; "
+            f"expected a table made of this set"
+        )
+    number_of = {name: number for number, name in enumerate(plan.names)}
+    codes = np.array([number_of.get(split_of.get(keys[number], ""), -1) for number in plan.numbers], np.int32)
+    plan.left_out[f"--split-table {table}"] = int((codes < 0).sum())
+    plan.numbers, plan.splits = plan.numbers[codes >= 0], codes[codes >= 0]
 
 
 def repack(
@@ -209,7 +241,7 @@ def repack(
             zstd=_is_zstd(rows) if zstd is None else zstd,
             license_text=opened.manifest.license,
             command=command,
-            sources={source.resolve().name: opened.manifest.digest},
+            sources={source.resolve().name: opened.manifest.digest, **_checksum_of(choice.split_table)},
             notes={
                 "source": {"digest": opened.manifest.digest, "notes": opened.manifest.notes},
                 "operations": choice.operations(),
@@ -237,6 +269,10 @@ def _chosen(source: ShardSet, choice: Choice) -> dict[str, str]:
     for name in splits:
         source.split(name)  # names the ones there are
     return splits
+
+
+def _checksum_of(table: str) -> dict[str, str]:
+    return {Path(table).name: checksum_file(Path(table))} if table else {}
 
 
 def _is_zstd(rows: _Rows) -> bool:

@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     order.add_argument(
         "--split-fractions", nargs="+", metavar="NAME=FRACTION", help="divide the samples anew, units staying whole"
     )
+    order.add_argument(
+        "--split-table", type=Path, metavar="FILE", help="columns `key` and `split`, as clipdist split writes it"
+    )
     order.add_argument("--stratify-by", default="label", metavar="FIELD", help="keep its values in proportion")
     add_packing_arguments(parser)
 
@@ -65,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         stratify_by=args.stratify_by,
         seed=options.pop("seed"),
         shuffle=args.shuffle,
+        split_table=str(args.split_table or ""),
     )
     print(repack(args.source, args.folder, choice, **options | {"zstd": args.zstd}))
     return 0

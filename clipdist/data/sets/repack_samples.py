@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from clipdist.data.images.header import header_of
+from clipdist.data.images.looks import difference_hash
 from clipdist.data.images.pillow import open_image, to_rgb
 from clipdist.data.sets.conditions import Condition
-from clipdist.data.sets.duplicates import difference_hash, hashed
+from clipdist.data.sets.duplicates import hashed
 from clipdist.data.sets.pack import SPLIT_NAME
 from clipdist.data.sets.recode import ImageOptions, UnusableImage, recode
 from clipdist.data.shards import BadSample, RawSample, ShardFile
@@ -24,7 +25,8 @@ class Choice:
 
     `splits`: old name -> new name of those that are taken, in this order; None takes all. `fractions` divides them
     anew, by unit and in proportion of the field `stratify_by`, with `seed`. `shuffle` is the seed of one permutation of
-    the whole set. `min_side` counts pixels of the shorter side. Of equal or similar pictures the first is kept.
+    the whole set. `split_table` is a table with columns `key` and `split`; what it does not name is left out.
+    `min_side` counts pixels of the shorter side. Of equal or similar pictures the first is kept.
     """
 
     splits: dict[str, str] | None = None
@@ -35,6 +37,7 @@ class Choice:
     fractions: dict[str, float] | None = None
     stratify_by: str = "label"
     seed: int = 0
+    split_table: str = ""
     shuffle: int | None = None
 
     def __post_init__(self) -> None:
@@ -45,6 +48,8 @@ class Choice:
             raise UserError("--min-side and --shuffle: expected 0 or more")
         if self.fractions and set((self.splits or {}).values()) - set(self.splits or {}):
             raise UserError("--split-fractions names the new splits, so --split only chooses; leave out its new names")
+        if self.split_table and (self.fractions or self.splits):
+            raise UserError("--split-table excludes --split and --split-fractions; leave it out, or them")
 
     @property
     def needs_survey(self) -> bool:

@@ -131,19 +131,26 @@ def pairs_from_table(
 
 
 def split_pairs(
-    pairs: Sequence[Pair], fractions: Mapping[str, float], seed: int, stratify: Mapping[int, Any] | None = None
+    pairs: Sequence[Pair],
+    fractions: Mapping[str, float],
+    seed: int,
+    stratify: Mapping[int, Any] | None = None,
+    together_E2: np.ndarray | None = None,
 ) -> dict[str, list[Pair]]:
     """The pairs of each split, in the order of `fractions`; see `split_by`.
 
-    Units are the field `unit`; a pair without one is its own unit. Proportions are kept of the field `label`, or of
-    `stratify`, which maps a pair's row to a label.
+    Units are the field `unit`; a pair without one is its own unit. `together_E2` are places in `pairs` of which the
+    units are joined: the `edges()` of `duplicates_of([pair.image for pair in pairs])` keep near-duplicates together.
+    Proportions are kept of the field `label`, or of `stratify`, which maps a pair's row to a label.
     """
     from clipdist.prepare.splits import check_fractions, split_by  # brings scikit-learn, which takes seconds
+    from clipdist.prepare.units import joined_units
 
     fractions = check_fractions(fractions)
     if len(pairs) < len(fractions):
         raise UserError(f"split: found {len(pairs)} usable pairs for the splits {', '.join(fractions)}")
-    units = [pair.fields.get("unit", ("no unit", number)) for number, pair in enumerate(pairs)]
+    none = np.zeros((0, 2), np.int64)
+    units = joined_units([pair.fields.get("unit") for pair in pairs], none if together_E2 is None else together_E2)
     labels = [pair.fields.get("label") if stratify is None else stratify.get(pair.row or 0) for pair in pairs]
     names = split_by(labels, units, fractions, seed)
     split: dict[str, list[Pair]] = {name: [] for name in fractions}

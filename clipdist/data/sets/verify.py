@@ -10,25 +10,19 @@ are new, changed or unfinished. Of each sample 32 bytes are held, whatever the s
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import xxhash
 
 from clipdist.data.sets.duplicates import groups_of_equal, search_near
+from clipdist.data.sets.each_shard import Rows, ask_each, stamp, state_path
 from clipdist.data.sets.examine import LISTED, Facts, Finding, Findings, examine
-from clipdist.data.shard_index import MAGIC
-from clipdist.data.shards import FORMAT_VERSION, BadSample, ShardFile, ShardInfo, ShardSet, index_path
+from clipdist.data.shards import BadSample, ShardInfo, ShardSet
 from clipdist.errors import UserError, disk_errors
-from clipdist.user_cache import user_cache
 
-# In a set's own folder; a set that cannot be written to has its state in the user's cache folder.
 STATE = ".verify.jsonl"
 STATE_VERSION = 1
 
@@ -112,13 +106,14 @@ def verify_set(
     """
     shard_set = ShardSet.open(folder)
     shards = [(split, info) for split, infos in shard_set.manifest.splits.items() for info in infos]
-    path = state_path(folder) if state is None else state
+    path = state_path(folder, STATE) if state is None else state
     facts = {} if again else _resumed(path, folder, shards, quick)
     resumed = len(facts)
     left = [shard for shard in shards if shard[1].file not in facts]
     infos = {info.file: info for _, info in left}
     with _State(path, folder) as results:
-        for one in shown(_examined(folder, left, workers, quick, len(shards)), len(left)):
+        asked = ask_each(folder, left, examine, quick, workers=workers, total=len(shards))
+        for one in shown(asked, len(left)):
             facts[one.file] = one
             results.append(one, infos[one.file], quick)
     in_order = [facts[info.file] for _, info in shards]
@@ -130,32 +125,9 @@ def verify_set(
 # The state file: one line of JSON for each shard.
 
 
-def state_path(folder: Path) -> Path:
-    """Where the results of examining `folder` are kept by default."""
-    if os.access(folder, os.W_OK):
-        return folder / STATE
-    name = xxhash.xxh3_128_hexdigest(str(folder.absolute()).encode(errors="surrogateescape"))
-    return user_cache("verify") / f"{name}.jsonl"
-
-
-def _stamp(folder: Path, split: str, info: ShardInfo) -> dict[str, Any] | None:
-    """What a result is tied to; None when the shard or its index is missing."""
-    try:
-        tar, index = (folder / info.file).stat(), index_path(folder / info.file).stat()
-    except OSError:
-        return None
-    return {
-        "version": [STATE_VERSION, FORMAT_VERSION, MAGIC.decode()],
-        "split": split,
-        "manifest": asdict(info),
-        "tar": [tar.st_size, tar.st_mtime_ns],
-        "index": [index.st_size, index.st_mtime_ns],
-    }
-
-
 def _resumed(path: Path, folder: Path, shards: list[tuple[str, ShardInfo]], quick: bool) -> dict[str, Facts]:
     """Results of shards that are what they were; a full examination serves a quick one, not the other way round."""
-    stamps = {info.file: _stamp(folder, split, info) for split, info in shards}
+    stamps = {info.file: stamp(folder, split, info, STATE_VERSION) for split, info in shards}
     found: dict[str, Facts] = {}
     try:
         with open(path, "rb") as lines:
@@ -193,9 +165,9 @@ class _State:
         return self
 
     def append(self, facts: Facts, info: ShardInfo, quick: bool) -> None:
-        stamp = _stamp(self.folder, facts.split, info)
-        if stamp is not None:
-            body = {"stamp": stamp, "quick": quick, "facts": facts.to_dict()}
+        tied = stamp(self.folder, facts.split, info, STATE_VERSION)
+        if tied is not None:
+            body = {"stamp": tied, "quick": quick, "facts": facts.to_dict()}
             with disk_errors(self.path):
                 self._file.write(json.dumps(body, ensure_ascii=False).encode(errors="surrogateescape") + b"\n")
 
@@ -203,68 +175,24 @@ class _State:
         self._file.close()
 
 
-def _examined(
-    folder: Path, shards: list[tuple[str, ShardInfo]], workers: int, quick: bool, total: int
-) -> Iterator[Facts]:
-    """Results as they come."""
-    if min(workers, len(shards)) <= 1:
-        for split, info in shards:
-            yield examine(folder, split, info, quick)
-        return
-    done = total - len(shards)
-    pool = ProcessPoolExecutor(min(workers, len(shards)), mp_context=get_context("spawn"))
-    try:
-        futures: list[Future[Facts]] = [pool.submit(examine, folder, split, info, quick) for split, info in shards]
-        for future in as_completed(futures):
-            facts = future.result()
-            done += 1
-            yield facts
-    except BrokenProcessPool:
-        raise UserError(
-            f"{folder}: a process that examines shards died, most likely for lack of memory; {done:,} of {total:,} "
-            f"shards are done and kept; run it again, with fewer than {workers} --workers"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 # What samples of all shards are compared by.
 
 
-class _Rows:
-    """All samples of a set in order, as arrays; names are read from the shards only where they are reported."""
+class _Rows(Rows):
+    """All samples of a set, with what the shards told of them."""
 
     def __init__(self, folder: Path, facts: list[Facts]) -> None:
-        self.folder, self.facts = folder, facts
-        self.splits = list(dict.fromkeys(one.split for one in facts))
-        self._ends = np.cumsum([one.samples for one in facts], dtype=np.int64)
-        number = {split: place for place, split in enumerate(self.splits)}
-        self.split_of = np.repeat([number[one.split] for one in facts], [one.samples for one in facts]).astype(np.int32)
-        self._open: ShardFile | None = None
+        super().__init__(folder, [(one.split, one.file, one.samples) for one in facts])
+        self.facts = facts
 
     def column(self, name: str) -> np.ndarray:
         return np.concatenate([getattr(one, name) for one in self.facts]) if self.facts else np.zeros(0, np.uint64)
 
-    def key(self, row: int) -> str:
-        shard, place = self._shard(row)
-        return shard.index.key(place)
-
-    def place(self, row: int) -> str:
-        return f"{self.splits[self.split_of[row]]}: {self.key(row)}"
-
     def unit(self, row: int) -> str:
-        shard, place = self._shard(row)
         try:
-            return str(shard.read(place).fields["unit"])
+            return str(self.read(row).fields["unit"])
         except (BadSample, KeyError):  # its picture is damaged, or it was exchanged while this runs
             return f"unit of {self.key(row)}"
-
-    def _shard(self, row: int) -> tuple[ShardFile, int]:
-        number = int(np.searchsorted(self._ends, row, side="right"))
-        path = self.folder / self.facts[number].file
-        if self._open is None or self._open.path != path:
-            self._open = ShardFile(path)
-        return self._open, row - int(self._ends[number] - self.facts[number].samples)
 
 
 def _compared(folder: Path, facts: list[Facts], quick: bool) -> Findings:

@@ -1,0 +1,79 @@
+"""Units that must not straddle splits, joined where they share pictures: before packing, or on a packed set.
+
+found = duplicates_of([pair.image for pair in pairs])
+units = joined_units([pair.fields.get("unit") for pair in pairs], found.edges())
+splits = split_by(labels, units, {"train": 0.8, "val": 0.2}, seed)
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipdist.data.images.looks import LOOK, look_of
+from clipdist.data.sets.duplicates import CANDIDATE_BITS, Duplicates, find_duplicates, hashed
+from clipdist.data.sets.pack import available_cores, in_order
+from clipdist.data.sets.survey import MAX_IMAGE_PIXELS, see
+from clipdist.data.shards import BadSample
+from clipdist.progress import progress
+
+
+def joined_units(
+    units: Sequence[Any] | np.ndarray | None, edges_E2: np.ndarray, count: int | None = None
+) -> np.ndarray:
+    """int64 [N], numbered by first appearance: the same for samples of one unit, and of units that an edge joins.
+
+    `units` has a value for each sample; one with None is a unit of its own, as are all with `units=None`, where `count`
+    says how many there are. `edges_E2` are pairs of rows, as `Duplicates.edges` gives them. Joined units grow: A with
+    B, and B with C, put all three together.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if units is None and count is None:
+        raise ValueError("units or count: expected one of them")
+    total = len(units) if units is not None else int(count or 0)
+    first_of: dict[Any, int] = {}
+    items = [None] * total if units is None else units.tolist() if isinstance(units, np.ndarray) else units
+    links = [(row, first_of.setdefault(unit, row)) for row, unit in enumerate(items) if unit is not None]
+    edges = np.concatenate([np.array(links, np.int64).reshape(-1, 2), np.asarray(edges_E2, np.int64).reshape(-1, 2)])
+    graph = coo_array((np.ones(len(edges), bool), (edges[:, 0], edges[:, 1])), shape=(total, total))
+    _, labels = connected_components(graph, directed=False)
+    _, first, codes = np.unique(labels, return_index=True, return_inverse=True)
+    order = np.argsort(np.argsort(first))
+    return order[codes].astype(np.int64)
+
+
+def duplicates_of(
+    images: Sequence[Path | bytes],
+    *,
+    bits: int = CANDIDATE_BITS,
+    workers: int | None = None,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+    quiet: bool = False,
+) -> Duplicates:
+    """What these image files, or bytes, show twice; see `find_duplicates`. Those that cannot be read are like nothing:
+    packing names them. `workers`: processes, None for one on each core, 0 for none but this."""
+    workers = available_cores() if workers is None else workers
+    digests, looks = np.zeros(len(images), np.uint64), np.zeros(len(images), LOOK)
+    seen = in_order(partial(_look_at_all, max_pixels=max_pixels), images, workers)
+    for row, (digest, look) in enumerate(
+        progress(seen, total=len(images), unit="image", description="looking for duplicates", quiet=quiet)
+    ):
+        digests[row], looks[row] = digest, look
+    return find_duplicates(digests, looks, bits)
+
+
+def _look_at_all(images: list[Path | bytes], max_pixels: int) -> list[tuple[int, np.ndarray]]:
+    return [_look_at(image, max_pixels) for image in images]
+
+
+def _look_at(image: Path | bytes, max_pixels: int) -> tuple[int, np.ndarray]:
+    """(hash of the bytes, look); 0 for what cannot be read."""
+    try:
+        data = image if isinstance(image, bytes) else image.read_bytes()
+        return hashed(data), look_of(see(data, max_pixels))
+    except (BadSample, OSError):
+        return 0, np.zeros((), LOOK)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import uuid
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,18 @@ def write_pyramid(
     tile: int = 256,
     quality: int = 85,
 ) -> Path:
-    """A slide of `size` (width, height) pixels in Aperio's form of TIFF: tiled JPEG levels, each `factors` times smaller.
+    """A slide of `size` (width, height) pixels in Aperio's form of TIFF: tiled JPEG levels, `factors` times smaller.
 
     Tissue with the look of `patch`, uint8 [h, w, 3], fills a few lobes on empty glass; `seed` decides their outlines.
     `patch` repeats, so its opposite edges should fit: `mirrored` makes them. `mpp`, micrometres per pixel, is left
     out when None. Written strip by strip: besides level 1 no level is held in memory.
     """
-    import tifffile
-
-    if factors[0] != 1 or any(b % a for a, b in zip(factors, factors[1:], strict=False)):
+    try:
+        import imagecodecs  # noqa: F401  tifffile writes no JPEG without it
+        import tifffile
+    except ImportError:
+        raise UserError("phantom slides need more packages; run: pip install tifffile imagecodecs") from None
+    if factors[0] != 1 or any(b % a for a, b in pairwise(factors)):
         raise UserError(f"levels: found factors {list(factors)}, expected 1 first, each a multiple of the one before")
     width, height = size
     outline = _outline(size, seed)
@@ -153,9 +157,9 @@ def write_tcga_layout(
 ) -> Path:
     """A folder as `gdc-client` leaves it, with reports beside the slides; the path of its manifest.
 
-    `<folder>/gdc_manifest.txt`, `slides/<UUID>/<barcode>.<UUID>.svs`, `reports/<barcode>.<UUID>.txt`. Patients' diagnoses
-    take turns, and so does what their slides show: `tissue`, if given, else what `draw_tissue` draws. The patients are
-    invented, and every report says so.
+    `<folder>/gdc_manifest.txt`, `slides/<UUID>/<barcode>.<UUID>.svs`, `reports/<barcode>.<UUID>.txt`. Diagnoses take
+    turns, and so does what slides show: `tissue`, if given, else what `draw_tissue` draws. The patients are invented,
+    and every report says so.
     """
     names = random_names(seed)
     lines = ["id\tfilename\tmd5\tsize\tstate"]

@@ -1,15 +1,13 @@
 """Drawn tissue: patches in haematoxylin and eosin whose structures differ by diagnosis. Synthetic, of no medical use.
 
-A patch is two maps of stain concentration, laid on white light by the Beer–Lambert law with the stain vectors of
-Ruifrok and Johnston (2001). It joins itself at its edges, so that a slide of any size can be paved with it.
+A patch is two maps of stain concentration, laid on white light by the Beer–Lambert law. It joins itself at its edges,
+so that a slide of any size can be paved with it.
 """
 
 import numpy as np
 import numpy.typing as npt
 
-# Optical density of red, green and blue per unit of stain, of unit length (Ruifrok and Johnston 2001, table 1).
-HAEMATOXYLIN = (0.650, 0.704, 0.286)
-EOSIN = (0.072, 0.990, 0.105)
+from clipdist.prepare.stain import EOSIN, HAEMATOXYLIN
 
 DIAGNOSES = {
     "idc": "INVASIVE DUCTAL CARCINOMA",
@@ -43,9 +41,10 @@ def draw_tissue(diagnosis: str, seed: int, side: int = 1024) -> npt.NDArray[np.u
             _clump(rng, h, e, radius=radius, nucleus=(7, 11) if large else (4, 5), pitch=18 if large else 12,
                    necrosis=large)  # fmt: skip
     for _ in range(6 * ducts):  # fibroblasts
-        _disc(h, *rng.uniform(0, side, 2), radius=rng.uniform(3, 5), value=rng.uniform(0.5, 0.9), stretch=3)
+        x, y = rng.uniform(0, side, 2)
+        _disc(h, x, y, rng.uniform(3, 5), rng.uniform(0.5, 0.9), stretch=3)
     h *= rng.normal(1, 0.08, h.shape).astype(np.float32)
-    density = h[..., None] * np.float32(HAEMATOXYLIN) + e[..., None] * np.float32(EOSIN)
+    density = h[..., None] * np.array(HAEMATOXYLIN, np.float32) + e[..., None] * np.array(EOSIN, np.float32)
     light = 245 * np.exp(-density) + rng.normal(0, 2, density.shape).astype(np.float32)
     return np.rint(light).clip(0, 255).astype(np.uint8)
 

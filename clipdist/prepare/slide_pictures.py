@@ -1,4 +1,4 @@
-"""What tiling chose, to be looked at: a slide with its kept tiles outlined beside its mask, and sheets of many slides."""
+"""What tiling chose, to be looked at: a slide with its kept tiles outlined beside its mask, and sheets of many."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ def draw_choice(
     step: float,
     caption: str,
 ) -> Image.Image:
-    """Left `overview` with a frame about each kept tile; right the mask: tissue grey, what is above the white limit pale.
+    """Left `overview` with a frame about each kept tile; right the mask: tissue grey, what counts as white pale blue.
 
     `kept` holds the tiles' upper left corners and `step` their side, in pixels of `overview`.
     """
@@ -47,7 +47,7 @@ def contact_sheets(pictures: Sequence[Path], folder: Path) -> list[Path]:
     """`slides-01.png`, … in `folder`: twelve of the pictures that `draw_choice` made on each, in order."""
     made = []
     for number in range(0, len(pictures), PER_SHEET):
-        shown = []
+        shown: list[Image.Image] = []
         for path in pictures[number : number + PER_SHEET]:
             with Image.open(path) as picture:
                 shown.append(picture.convert("RGB"))
@@ -56,8 +56,8 @@ def contact_sheets(pictures: Sequence[Path], folder: Path) -> list[Path]:
         width = max(picture.width for picture in shown) + GAP
         sheet = Image.new("RGB", (width * len(rows[0]), sum(heights)), "white")
         for place, row in enumerate(rows):
-            for column, picture in enumerate(row):
-                sheet.paste(picture, (column * width, sum(heights[:place])))
+            for column, pair in enumerate(row):
+                sheet.paste(pair, (column * width, sum(heights[:place])))
         made.append(folder / f"slides-{number // PER_SHEET + 1:02d}.png")
         sheet.save(made[-1])
     return made

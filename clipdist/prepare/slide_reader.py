@@ -71,7 +71,7 @@ class SlideReader:
         return max(number for number, there in enumerate(self.downsamples) if there <= max(1.0, downsample * 1.001))
 
     def tile(self, x: int, y: int, stride: int, side: int) -> Image.Image:
-        """The square of `stride` pixels at (x, y) as an RGB picture of `side` × `side`, never enlarged from its level."""
+        """The square of `stride` pixels at (x, y), RGB, `side` × `side`; never enlarged from its level."""
         level = self.level_for(stride / side)
         length = round(stride / self.downsamples[level])
         region = self.region(x, y, level, length, length)
@@ -83,14 +83,14 @@ class SlideReader:
             pixels = self.slide.read_region((x, y), level, (width, height))
         except self._error as error:
             raise UnusableSlide(f"damaged or cut short at x {x}, y {y}, level {level}: {error}") from None
-        if pixels.getextrema()[3][0] == 255:  # opaque, as nearly always: the quick way
+        if pixels.getchannel("A").getextrema()[0] == 255:  # opaque, as nearly always: the quick way
             return pixels.convert("RGB")
         whole = Image.new("RGBA", pixels.size, self.background)
         whole.alpha_composite(pixels)
         return whole.convert("RGB")
 
     def overview(self, downsample: float) -> Image.Image:
-        """The whole slide, RGB, `downsample` times smaller, each pixel a mean; read in blocks, so memory stays small."""
+        """The whole slide, RGB, `downsample` times smaller, each pixel a mean; read in blocks that fit into memory."""
         level = self.level_for(downsample)
         there = self.downsamples[level]
         size = (max(1, round(self.width / downsample)), max(1, round(self.height / downsample)))

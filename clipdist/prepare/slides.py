@@ -21,8 +21,8 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -46,16 +46,16 @@ RECORD, OVERVIEW, TABLE = "slide.json", "overview.png", "slides.csv"
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 # Pixels of the overview for each tile and for the slide, at least. More would be read for no other decision.
 PER_TILE, PER_SLIDE = 16, 512
-# A place is read unless its overview misses a limit by half. Averaging makes thin tissue in fat look emptier than it is.
+# A place is read unless its overview misses a limit by half: averaging makes thin tissue in fat look emptier.
 SLACK = 0.5
 
 
 @dataclass(frozen=True)
 class TilingOptions:
-    """How slides are cut. `stride` is a tile's side and its distance from the next, in pixels of level 0; `side` what it
-    is stored at. `min_tissue`: least share of pixels at or below the Otsu threshold; `max_white`: the share of pixels
-    above `white_above` (grey of 255) must stay under it. `most`: tiles kept of a slide, drawn at random but the same
-    each time; None keeps all. `assume_mpp`: micrometres per pixel of slides that do not tell."""
+    """How slides are cut. `stride` is a tile's side and its distance from the next, in pixels of level 0; `side` what
+    it is stored at. `min_tissue`: least share of pixels at or below the Otsu threshold; `max_white`: the share of
+    pixels above `white_above` (grey of 255) must stay under it. `most`: tiles kept of a slide, drawn at random but the
+    same each time; None keeps all. `assume_mpp`: micrometres per pixel of slides that do not tell."""
 
     stride: int = 1024
     side: int = 299
@@ -82,7 +82,7 @@ class TilingOptions:
 
 @dataclass(frozen=True)
 class SlideFile:
-    """A slide to be tiled. `md5`, if any, is compared before it is read; `row` is where it was named (see `Rejected`)."""
+    """A slide to be tiled. `md5`, if any, is compared before it is read; `row` is where it was named, if in a table."""
 
     name: str
     path: Path
@@ -190,7 +190,7 @@ def tile_slides(
             usable.append(slide)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _clear_left_over(folder)
+        clear_left_over(folder)
         refused.check()
         workers = available_cores() if workers is None else workers
         results = in_order(partial(_tile_each, folder=folder, options=options), usable, min(workers, len(usable)), 1)
@@ -233,23 +233,30 @@ def tile_slide(slide: SlideFile, folder: Path, options: TilingOptions) -> TiledS
         return TiledSlide(slide.name, final, there, resumed=True)
     if slide.md5 and (found := _md5(slide.path)) != slide.md5.lower():
         raise UnusableSlide(f"md5 {found}, expected {slide.md5}: fetch it again")
-    partial_folder = folder / f".{slide.name}.partial-{socket.gethostname()}-{os.getpid()}"
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    partial_folder.mkdir()
-    try:
+    with whole_folder(final) as fresh:
         began = time.monotonic()
         with SlideReader(slide.path, assume_mpp=options.assume_mpp) as reader:
-            record = _cut(reader, partial_folder, options, slide.name)
+            record = _cut(reader, fresh, options, slide.name)
         record = {"options": asdict(options), "source": source, **record, "seconds": round(time.monotonic() - began, 3)}
         # Last, and on the disk before the folder gets its name: it vouches for the sizes of all tiles.
-        write_atomically(partial_folder / RECORD, json.dumps(record, indent=1).encode())
+        write_atomically(fresh / RECORD, json.dumps(record, indent=1).encode())
+    return TiledSlide(slide.name, final, record)
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A fresh folder that becomes `final`, in the place of what is there, unless an exception ends the block."""
+    fresh = final.with_name(f".{final.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
         if final.exists():  # incomplete, or of a file that has changed
             shutil.rmtree(final)
-        os.rename(partial_folder, final)
-        fsync_folder(folder)
+        os.rename(fresh, final)
+        fsync_folder(final.parent)
     finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-    return TiledSlide(slide.name, final, record)
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _cut(reader: SlideReader, folder: Path, options: TilingOptions, name: str) -> dict[str, Any]:
@@ -281,7 +288,7 @@ def _cut(reader: SlideReader, folder: Path, options: TilingOptions, name: str) -
         tissue, pale = judge(tile, threshold, options.white_above)
         if tissue >= options.min_tissue and pale < options.max_white:
             path = folder / f"{x:06d}_{y:06d}.{options.format}"
-            size = _save(tile, path)
+            size = save_tile(tile, path)
             tiles.append({"file": path.name, "x": x, "y": y, "tissue": tissue, "white": pale, "bytes": size})
     if not tiles:
         raise UnusableSlide(f"no tissue: none of {columns * rows} tiles passes the limits, {read} of them were read")
@@ -316,7 +323,7 @@ def _shares(mask: npt.NDArray[np.bool_], columns: int, rows: int, step: float) -
     return np.asarray(picture.resize((columns, rows), Image.Resampling.BOX, box=box)) / 255
 
 
-def _save(tile: Image.Image, path: Path) -> int:
+def save_tile(tile: Image.Image, path: Path) -> int:
     """Writes the tile; its size in bytes."""
     if path.suffix == ".png":
         tile.save(path, compress_level=1)  # a third of the time of level 6, a tenth more bytes
@@ -341,11 +348,15 @@ def _finished(folder: Path, source: dict[str, Any], options: TilingOptions) -> d
         )
     if source_there != source or not (folder / OVERVIEW).is_file():
         return None
+    return record if tiles_are_whole(folder, tiles) else None
+
+
+def tiles_are_whole(folder: Path, tiles: Sequence[dict[str, Any]]) -> bool:
+    """Whether each tile that a record names has the size that it had when it was written."""
     try:
-        whole = all((folder / tile["file"]).stat().st_size == tile["bytes"] for tile in tiles)
+        return all((folder / tile["file"]).stat().st_size == tile["bytes"] for tile in tiles)
     except OSError:
-        return None
-    return record if whole else None
+        return False
 
 
 def _md5(path: Path) -> str:
@@ -353,7 +364,7 @@ def _md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def _clear_left_over(folder: Path) -> None:
+def clear_left_over(folder: Path) -> None:
     """Removes what processes of this machine left behind that are no longer there."""
     mark = f".partial-{socket.gethostname()}-"
     for path in folder.glob(f".*{mark}*"):

@@ -211,7 +211,8 @@ class Refused:
             self.fail("nothing could be packed")
         if len(self.found) > self.limit * self.total:
             self.fail(
-                f"{len(self.found):,} of {self.total:,} {self.what} rejected so far, above the limit of {self.limit:.2%}"
+                f"{len(self.found):,} of {self.total:,} {self.what} rejected so far, above the limit of "
+                f"{self.limit:.2%}"
             )
 
     def fail(self, what: str) -> None:

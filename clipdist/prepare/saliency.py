@@ -1,8 +1,8 @@
 """A vision transformer's attention as a filter: tiles that it looks at in many places are kept.
 
 A network trained by DINO (Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021)
-attends to what makes up a picture. In an empty or monotonous tile its attention gathers on few patches; where tissue fills
-the tile, most patches get some.
+attends to what makes up a picture. In an empty or monotonous tile its attention gathers on few patches;
+where tissue fills the tile, most patches get some.
 """
 
 import json

@@ -36,6 +36,7 @@ from PIL import Image
 from clipdist.data.sets.pack import REJECTED, Refused, Rejected, available_cores, in_order
 from clipdist.data.shards import fsync_folder, write_atomically
 from clipdist.errors import UserError, disk_errors
+from clipdist.prepare.png import png_bytes
 from clipdist.prepare.slide_pictures import contact_sheets, draw_choice
 from clipdist.prepare.slide_reader import SlideReader, UnusableSlide, otsu
 from clipdist.progress import progress
@@ -324,9 +325,9 @@ def _shares(mask: npt.NDArray[np.bool_], columns: int, rows: int, step: float) -
 
 
 def save_tile(tile: Image.Image, path: Path) -> int:
-    """Writes the tile; its size in bytes."""
+    """Writes an RGB tile in the format of the path's suffix; its size in bytes."""
     if path.suffix == ".png":
-        tile.save(path, compress_level=1)  # a third of the time of level 6, a tenth more bytes
+        path.write_bytes(png_bytes(np.asarray(tile)))  # a sixth of Pillow's time, 4 % more bytes
     else:
         tile.save(path, quality=92)
     return path.stat().st_size

@@ -3,10 +3,10 @@
 python benchmarks/slides.py --side 20000 --slides 2 --folder /scratch
 
 Makes pyramids with levels 1, 4, 16 and 64 out of tissue (the packages scikit-image and wsidicom-data, where installed,
-carry a photograph each of H&E and IHC; else it is drawn), then for each stride runs both ways on the same slides, in turn,
-each in a process of its own, start included. The naive loop is the published description: each tile of the grid is read
-at level 0, resized to 299, judged, and stored by Pillow as PNG if it is tissue; one process. It is given the slide's Otsu threshold,
-so that both judge alike; `same_tiles` says whether they chose the same. `peak_mib` is the largest resident set of any
+carry a photograph each of H&E and IHC; else it is drawn), then for each stride runs both ways on the same slides, in
+turn, each in a process of its own, start included. The naive loop is the published description: each tile of the grid is
+read at level 0, resized to 299, judged, and stored by Pillow as PNG if it is tissue; one process. It is given the slide's
+Otsu threshold, so that both judge alike; `same_tiles` says whether they chose the same. `peak_mib` is the largest resident set of any
 process of a run, interpreter and libraries included.
 """
 

@@ -123,8 +123,8 @@ def compared(slides: list[Path], folder: Path, stride: int, workers: list[int]) 
         )
         print(
             f"stride {stride:5} {row['way']:>9}, processes: {row['processes']} {row['seconds']:8.2f} s "
-            f"({row['cpu_seconds']:.2f} s of processors) {row['times_naive']:6.2f} × {row['peak_mib']:5} MiB, same tiles: "
-            f"{row['same_tiles']}",
+            f"({row['cpu_seconds']:.2f} s of processors) {row['times_naive']:6.2f} × {row['peak_mib']:5} MiB, same "
+            f"tiles: {row['same_tiles']}",
             file=sys.stderr,
         )
     return rows

@@ -1,6 +1,6 @@
 """Slides that are paved with a patch of tissue, drawn or real, and a folder of them laid out as TCGA's breast slides.
 
-They let tiling, filters and training be tried and measured without a download. Needs tifffile (extra: pathology).
+They let tiling, filters and training be tried and measured without a download. Needs tifffile and imagecodecs.
 """
 
 import hashlib

@@ -3,6 +3,8 @@
 Needs openslide-python and openslide-bin (extra: pathology). Lengths called `x`, `y` and `stride` are pixels of level 0.
 """
 
+import logging
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,8 +14,14 @@ import numpy.typing as npt
 from PIL import Image
 
 from clipdist.errors import UserError
+from clipdist.prepare.slide_jpeg import NotDirect, jpeg_levels
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 2048  # pixels of a level read at once for an overview: 16 MiB
+MOST_DIFFERENT = 5.0  # grey levels of 255, mean: JPEG at a fraction differs by 0.1 to 3, other colours by far more
+    4.0  # grey levels of 255, mean: JPEG at a fraction differs by less than one, a wrong colour space by 30
+)
 
 
 class UnusableSlide(Exception):
@@ -57,6 +65,9 @@ class SlideReader:
             raise
         background = self.slide.properties.get("openslide.background-color", "FFFFFF")
         self.background = f"#{background}"
+        self._file = os.open(path, os.O_RDONLY)
+        self._direct = jpeg_levels(path, self._file, self.slide.level_dimensions)
+        self._compared: set[int] = set()
 
     def __enter__(self) -> "SlideReader":
         return self
@@ -65,6 +76,7 @@ class SlideReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.slide.close()
+        os.close(self._file)
 
     def level_for(self, downsample: float) -> int:
         """The smallest level that still has one pixel for each `downsample` pixels of level 0."""
@@ -73,9 +85,43 @@ class SlideReader:
     def tile(self, x: int, y: int, stride: int, side: int) -> Image.Image:
         """The square of `stride` pixels at (x, y), RGB, `side` × `side`; never enlarged from its level."""
         level = self.level_for(stride / side)
+        if level in self._direct:
+            try:
+                direct = self._directly(level, x, y, stride, side)
+            except NotDirect:
+                direct = None
+            if direct is not None:
+                return direct
+        return self._by_openslide(level, x, y, stride, side)
+
+    @property
+    def direct(self) -> bool:
+        """Whether tiles were decoded at a fraction of their size (see `slide_jpeg`)."""
+        return bool(self._compared & set(self._direct))
+
+    def _by_openslide(self, level: int, x: int, y: int, stride: int, side: int) -> Image.Image:
         length = round(stride / self.downsamples[level])
         region = self.region(x, y, level, length, length)
         return region.resize((side, side), Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+    def _directly(self, level: int, x: int, y: int, stride: int, side: int) -> Image.Image | None:
+        """None, and never again, when the first tile of a level differs from what OpenSlide makes of it."""
+        there = self.downsamples[level]
+        try:
+            tile = self._direct[level].square(x / there, y / there, stride / there, side)
+        except ValueError as error:
+            raise UnusableSlide(f"damaged or cut short at x {x}, y {y}, level {level}: {error}") from None
+        if level not in self._compared:
+            other = self._by_openslide(level, x, y, stride, side)
+            difference = np.abs(np.asarray(tile, np.int16) - np.asarray(other, np.int16)).mean()
+            if difference > MOST_DIFFERENT:
+                logger.info(
+                    "%s: level %d is left to OpenSlide, the pictures differ by %.1f", self.path, level, difference
+                )
+                del self._direct[level]
+                return None
+            self._compared.add(level)
+        return tile
 
     def region(self, x: int, y: int, level: int, width: int, height: int) -> Image.Image:
         """RGB, `width` × `height` pixels of `level`; what was never scanned has the slide's background colour."""

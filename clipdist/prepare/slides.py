@@ -302,6 +302,7 @@ def _cut(reader: SlideReader, folder: Path, options: TilingOptions, name: str) -
         "height": reader.height,
         "downsamples": [round(value, 4) for value in reader.downsamples],
         "level": reader.level_for(stride / options.side),
+        "direct": reader.direct,
         "mpp": reader.mpp,
         "otsu": threshold,
         "places": columns * rows,

@@ -23,6 +23,7 @@ from clipdist.data.shards import checksum_file
 from clipdist.errors import UserError
 from clipdist.prepare import slides as module
 from clipdist.prepare.phantom_slides import GLASS, mirrored, write_pyramid
+from clipdist.prepare.slide_jpeg import JpegLevel
 from clipdist.prepare.slide_reader import BLOCK, SlideReader, UnusableSlide, otsu
 from clipdist.prepare.slides import SlideFile, TilingOptions, tile_slides
 
@@ -108,6 +109,74 @@ def test_no_tile_is_ever_enlarged_and_no_smaller_level_would_do(tissues: Tissues
         there = reader.downsamples
         assert [reader.level_for(value) for value in (0.5, 1, 3.9, 4.01, 15, 17, 1000)] == [0, 0, 0, 1, 1, 2, 2]
     assert len(there) == 3
+
+
+def grey_levels_apart(reader: SlideReader, stride: int, side: int) -> float:
+    """Mean over four places, of a tile and OpenSlide's own."""
+    level = reader.level_for(stride / side)
+    apart = []
+    for x, y in ((1024, 700), (800, 800), (1024, 1024), (777, 901)):
+        pair = [reader.tile(x, y, stride, side), reader._by_openslide(level, x, y, stride, side)]
+        assert [one.size for one in pair] == [(side, side)] * 2
+        apart.append(np.abs(np.asarray(pair[0], int) - np.asarray(pair[1], int)).mean())
+    return float(np.mean(apart))
+
+
+@pytest.mark.parametrize(
+    ("stride", "side", "part"),
+    [(256, 200, 1), (256, 85, 2), (256, 65, 2), (1000, 220, 1), (1000, 80, 2), (1000, 63, 2)],
+)
+def test_tiles_decoded_at_a_fraction_show_what_openslide_shows(
+    tissues: Tissues, stride: int, side: int, part: int
+) -> None:
+    for path in tissues.values():
+        with SlideReader(path) as reader:
+            level = reader.level_for(stride / side)
+            assert reader._direct[level].part_for(stride / reader.downsamples[level], side) == part
+            assert grey_levels_apart(reader, stride, side) < 3
+            assert reader.direct
+
+
+def generic_tiff(path: Path, photometric: str, compression: str = "jpeg") -> Path:
+    """A pyramid as other programs write it: tables shared by all tiles of a level, RGB or YCbCr."""
+    import tifffile
+
+    whole = np.tile(mirrored(ihc()), (2, 2, 1))
+    with tifffile.TiffWriter(path) as file:
+        for factor in (1, 4):
+            file.write(
+                np.asarray(Image.fromarray(whole).reduce(factor)),
+                tile=(256, 256),
+                compression=compression,
+                photometric=photometric,
+                subfiletype=0 if factor == 1 else 1,
+            )
+    return path
+
+
+@pytest.mark.parametrize("photometric", ["rgb", "ycbcr"])
+def test_either_way_of_storing_colours(tmp_path: Path, photometric: str) -> None:
+    with SlideReader(generic_tiff(tmp_path / "a.tif", photometric), assume_mpp=0.5) as reader:
+        assert grey_levels_apart(reader, 256, 85) < 3
+        assert reader.direct
+
+
+def test_what_cannot_be_decoded_so_is_left_to_openslide(
+    tissues: Tissues, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SlideReader(generic_tiff(tmp_path / "deflate.tif", "rgb", "deflate"), assume_mpp=0.5) as reader:
+        assert grey_levels_apart(reader, 256, 85) == 0
+        assert not reader.direct
+    # Colours that are taken for others are noticed by the comparison.
+    decoded = JpegLevel._decoded
+    monkeypatch.setattr(JpegLevel, "_decoded", lambda *given: decoded(*given)[..., [0, 2, 1]])
+    with SlideReader(tissues["he"]) as reader:
+        assert grey_levels_apart(reader, 256, 85) == 0
+        assert not reader.direct
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with SlideReader(tissues["he"]) as reader:
+        assert grey_levels_apart(reader, 256, 85) == 0
+        assert not reader.direct
 
 
 def test_nothing_larger_than_a_block_or_a_tile_is_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

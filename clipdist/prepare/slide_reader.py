@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 
 BLOCK = 2048  # pixels of a level read at once for an overview: 16 MiB
 MOST_DIFFERENT = 5.0  # grey levels of 255, mean: JPEG at a fraction differs by 0.1 to 3, other colours by far more
-    4.0  # grey levels of 255, mean: JPEG at a fraction differs by less than one, a wrong colour space by 30
-)
 
 
 class UnusableSlide(Exception):

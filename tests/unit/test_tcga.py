@@ -228,7 +228,7 @@ def test_the_recipe_names_what_is_missing_and_goes_on(copied: Path, capsys: pyte
     slides[3].write_bytes(slides[3].read_bytes()[:-10])
     report = next(copied.glob("reports/TCGA-ZZ-0004*"))
     report.write_text(report.read_text().replace("FINAL DIAGNOSIS", "FINAL REMARKS"))
-    with pytest.raises(UserError, match="above the limit of 5.00%"):
+    with pytest.raises(UserError, match=r"above the limit of 5.00%"):
         recipe(copied, "--out", copied / "out", *OPTIONS)
     recipe(copied, "--out", copied / "out", *OPTIONS, "--max-rejected", 0.5)
     rows = list(csv.DictReader((copied / "out" / "rejected.csv").open(encoding="utf-8")))

@@ -41,6 +41,8 @@ REQUIRED = [
     "threadpoolctl>=3.1",  # keeps BLAS from starting threads in packing workers; scikit-learn needs it too
 ]
 
+PATHOLOGY = ["openslide-python>=1.4", "openslide-bin>=4.0", "tifffile>=2024.8", "pypdf>=5.0"]
+
 EXTRAS = {
     "dev": [
         "pytest>=8.0",
@@ -56,11 +58,16 @@ EXTRAS = {
         "s3fs>=2024.6",
         "moto[server]>=5.0",
         "open_clip_torch>=3.0",  # whose models the tests compare with
+        *PATHOLOGY,
+        "imagecodecs>=2024.6",  # without it tifffile writes no JPEG tiles, of which phantom slides consist
+        "scikit-image>=0.24",  # carries a photograph of stained tissue
     ],
     # Shard sets behind URLs, through fsspec.
     "http": ["aiohttp>=3.9"],
     "s3": ["s3fs>=2024.6"],
     "gcs": ["gcsfs>=2024.6"],
+    # Slides (OpenSlide in a wheel of its own makers; tifffile, which finds their JPEG tiles) and reports as PDF.
+    "pathology": PATHOLOGY,
     "emoji": ["resvg-py>=0.2"],  # draws the SVG icons of shards/emoji.py
 }
 

@@ -198,8 +198,8 @@ def available_cores() -> int:
 class Refused:
     """The rejected pairs so far, and the limit at which packing is given up."""
 
-    def __init__(self, folder: Path, found: list[Rejected], limit: float) -> None:
-        self.folder, self.found, self.limit, self.total = folder, found, limit, 0
+    def __init__(self, folder: Path, found: list[Rejected], limit: float, what: str = "pairs") -> None:
+        self.folder, self.found, self.limit, self.what, self.total = folder, found, limit, what, 0
 
     def add(self, rejected: Rejected) -> None:
         self.found.append(rejected)
@@ -211,12 +211,13 @@ class Refused:
             self.fail("nothing could be packed")
         if len(self.found) > self.limit * self.total:
             self.fail(
-                f"{len(self.found):,} of {self.total:,} pairs rejected so far, above the limit of {self.limit:.2%}"
+                f"{len(self.found):,} of {self.total:,} {self.what} rejected so far, above the limit of "
+                f"{self.limit:.2%}"
             )
 
     def fail(self, what: str) -> None:
         self.save()
-        first = "; ".join(map(str, self.found[:3])) or "there were no pairs"
+        first = "; ".join(map(str, self.found[:3])) or f"there were no {self.what}"
         cure = f"the rejected ones so far are in {self.folder / REJECTED}; " if self.found else ""
         raise UserError(f"{self.folder}: {what}: {first}; {cure}mend them, or raise --max-rejected")
 
@@ -288,13 +289,13 @@ def _usable(
 
 
 def in_order(
-    work: Callable[[list[Item]], list[Result]], items: Sequence[Item], workers: int
+    work: Callable[[list[Item]], list[Result]], items: Sequence[Item], workers: int, size: int = CHUNK
 ) -> Generator[Result, None, None]:
-    """`work` on all items, a chunk at a time, by `workers` processes (0: this one); the results in the items' order.
+    """`work` on all items, `size` at a time, by `workers` processes (0: this one); the results in the items' order.
 
     At most a few chunks for each worker are under way or waiting. Raises `UserError` when a process is killed.
     """
-    chunks = (list(items[at : at + CHUNK]) for at in range(0, len(items), CHUNK))
+    chunks = (list(items[at : at + size]) for at in range(0, len(items), size))
     if workers <= 0:
         for chunk in chunks:
             yield from work(chunk)

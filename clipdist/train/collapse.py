@@ -89,8 +89,8 @@ class CollapseWatch:
             "towers",
             f"collapsed: the {towers} every input of a batch nearly the same vector (mean cosine distance "
             + ", ".join(f"{values[f'train/{name}_spread']:.4f}" for name in alike)
-            + f"); {at}. Start anew with optim.warmup_steps or a lower optim.lr, with towers frozen in the first epochs "
-            "(train.stages), with model.text.pooling=mean or model.projection.layer_norm=true",
+            + f"); {at}. Start anew with optim.warmup_steps or a lower optim.lr, with towers frozen in the first "
+            f"epochs (train.stages), with model.text.pooling=mean or model.projection.layer_norm=true",
         )
 
     def _once(self, what: str, words: str) -> str | None:

@@ -172,7 +172,7 @@ def tile_slides(
     again; one that was interrupted starts anew. Slides that are missing, damaged, without smaller levels, resolution or
     tissue, or of another md5, are left out and listed in `folder/rejected.csv`, after the ones given as `rejected`.
     Raises `UserError` when more than `max_rejected_fraction` of all are rejected, when none is left, when a slide was
-    tiled with other options, and when the disk is full. A worker takes about 0.3 GiB, whatever the slide's size.
+    tiled with other options, and when the disk is full. A worker takes 0.1 to 0.3 GiB, whatever the slide's size.
 
     As with any use of processes, a script that calls this with workers needs `if __name__ == "__main__":`.
     """

@@ -1,7 +1,6 @@
 """An audit as one HTML file to look at: pairs of pictures side by side, those across splits first; the worst pictures;
 captions, classes, sizes, tokenizers. Opens without a network."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import clipdist
-from clipdist.data.shards import BadSample
+from clipdist.data.shards import BadSample, write_atomically
 from clipdist.evaluate.audit import Audit
 from clipdist.evaluate.examples import thumbnail_uri
 
@@ -51,9 +50,7 @@ def write_page(audit: Audit, path: Path, shown: int = 24) -> Path:
         version=clipdist.__version__,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_atomically(path, page.encode())
     return path
 
 

@@ -10,7 +10,6 @@ read.
 
 import base64
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import clipdist
+from clipdist.data.shards import write_atomically
 from clipdist.errors import UserError
 from clipdist.evaluate import plots
 from clipdist.evaluate.examples import CaptionExample, Example, thumbnail_uri
@@ -82,9 +82,7 @@ def write_report(
         version=clipdist.__version__,
     )
     path = run / "report.html"
-    unfinished = path.with_suffix(".html.tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_atomically(path, page.encode())
     return path
 
 

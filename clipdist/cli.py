@@ -23,6 +23,7 @@ VERBS = {
     "plan": ("clipdist.data.plan_command", "print which samples make up the batch of a step"),
     "train": ("clipdist.train.command", "train a run from a recipe, in this process"),
     "node": ("clipdist.cluster.node_command", "one node's processes of a SLURM job, as a task of it"),
+    "requeue": ("clipdist.cluster.requeue_command", "for scripts: put a job back where none of its tasks decided"),
     "doctor": ("clipdist.cluster.doctor.command", "check this machine, or each node of a job, before a run"),
     "profile": ("clipdist.train.profile_command", "measure where the time of a recipe's training step goes"),
     "consolidate": ("clipdist.train.consolidate_command", "the weights of a checkpoint as one safetensors file"),

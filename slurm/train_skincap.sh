@@ -27,7 +27,6 @@ set -euo pipefail
 
 RECIPE=${RECIPE:-launch/recipes/skincap.yaml}
 ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-launch/accelerate/gpu.yaml}
-PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:?the job has no GPUs: ask for some with --gpus-per-node}}
 MAX_CRASHES=${MAX_CRASHES:-10}
 PREFLIGHT=${PREFLIGHT:---preflight}
 
@@ -45,21 +44,16 @@ fi
 
 code=0
 srun --ntasks-per-node=1 --kill-on-bad-exit=0 clipdist node "$RECIPE" "$@" --run "$run" --max-crashes "$MAX_CRASHES" \
-    --processes-per-node "$PROCESSES_PER_NODE" --accelerate-config "$ACCELERATE_CONFIG" "$PREFLIGHT" || code=$?
+    --processes-per-node "${PROCESSES_PER_NODE:-0}" --accelerate-config "$ACCELERATE_CONFIG" "$PREFLIGHT" || code=$?
 case $code in
-    0) ;;
-    1 | 2) exit "$code" ;;
-    75)
-        [[ -e $run/stop ]] && exit 0
-        sleep 60 # back in the queue: until SLURM ends this script
-        exit 75
-        ;;
-    *) # a task itself was killed, so that nobody decided
-        echo "srun ended with $code; back into the queue, unless that happened $MAX_CRASHES times"
-        ((${SLURM_RESTART_COUNT:-0} < MAX_CRASHES)) && scontrol requeue "$SLURM_JOB_ID" && sleep 60
-        exit 1
-        ;;
+    0 | 2 | 75) ;;
+    *) clipdist requeue --shared "$(dirname "$run")/.jobs" --max-crashes "$MAX_CRASHES" --code "$code" || code=$? ;;
 esac
+if ((code == 75)); then
+    [[ -e $run/stop ]] && exit 0
+    sleep 60 # back in the queue: until SLURM ends this script
+fi
+((code == 0)) || exit "$code"
 
 clipdist eval "$run/model" --data "$data" --split val
 echo "finished: $run/report.html"

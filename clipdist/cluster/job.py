@@ -16,13 +16,15 @@ from types import FrameType
 
 from clipdist.cluster import scheduler
 from clipdist.cluster.logs import note_output
-from clipdist.cluster.meeting import Crash, Meeting
+from clipdist.cluster.meeting import Crash, Meeting, latest
 from clipdist.cluster.node import CRASHED, FINISHED, GRACE_SECONDS, STOPPED, WRONG, Node
 from clipdist.cluster.runs import LOGS, STOP
 from clipdist.world import Allocation
 
 LOST = 70
-"""Exit code of a node that waited for the first one's verdict in vain."""
+"""Exit code of a node that waited for the first one's verdict in vain, or has no GPUs where the job asks for some."""
+KILLED = 128
+"""Exit codes from here on are those of signals: what was killed has decided nothing, whatever it knew."""
 PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 BLAMED_TWICE = 2
 PAUSE_SECONDS = 60.0
@@ -64,8 +66,12 @@ def run_job(training: Training, allocation: Allocation) -> int:
     back into the queue, unless the run's folder holds a file `stop`.
 
     Returns 0 when finished; 2 when the configuration or the input is wrong; 75 when stopped with a good checkpoint, or
-    when the job is back in the queue; 1 when given up; 70 on another node than the first when that one was lost.
+    when the job is back in the queue; 1 when given up; 70 on another node than the first when that one was lost, and
+    where SLURM has lost the job's GPUs.
     """
+    if allocation.slurm and not allocation.gpus and scheduler.gpus_lost(allocation.job):
+        logger.info("SLURM has started the job without the GPUs that it asks for")
+        return LOST
     asked: list[int] = []
     ever_asked = threading.Event()
 
@@ -80,6 +86,7 @@ def run_job(training: Training, allocation: Allocation) -> int:
         meeting = Meeting(training.shared, allocation, attempt)
         if allocation.node == 0 and attempt == 0:
             note_output(training.run, scheduler.job(allocation.job).get("StdOut", "") if allocation.slurm else "")
+            meeting.note_run(training.run)
         first_start = attempt == 0 and allocation.restarts == 0
         if training.preflight and first_start and (code := _preflight(training)) and allocation.node == 0:
             meeting.fail("the preflight found errors")
@@ -177,6 +184,30 @@ def _decide(training: Training, meeting: Meeting, first: int, asked: threading.E
     if asked.wait(pause):
         return REQUEUE if allocation.slurm else str(STOPPED)
     return AGAIN
+
+
+def undecided(shared: Path, allocation: Allocation, code: int, limits: Limits) -> int:
+    """For the script around the nodes' tasks, which have ended with `code`: puts the job back into the queue where
+    nobody among them could decide, since a task was killed, or SLURM could not start them.
+
+    Returns 75 when it is back there, else 1 or `code`: it was decided, the run's folder holds a file `stop`, or too
+    many crashes in a row have led to no new checkpoint.
+    """
+    meeting = latest(shared, allocation)
+    verdict = meeting.verdict(0)
+    if verdict and verdict.isdecimal() and (int(verdict) != FINISHED or code < KILLED):
+        return code
+    run = meeting.run()
+    told = f"the nodes' tasks ended with {code}, and none of them has decided"
+    if run and (run / STOP).exists():
+        logger.info(f"{told}; not started anew, since {run / STOP} exists")
+        return CRASHED
+    meeting.note_crash(Crash(time.time(), "", told, _newest(run) if run else ""))
+    if (number := len(in_a_row(meeting.crashes()))) > limits.crashes:
+        logger.info(f"{told}; {number} times in a row without a new checkpoint: giving up")
+        return CRASHED
+    logger.info(f"{told}: {scheduler.requeue(allocation.job)}")
+    return STOPPED
 
 
 def in_a_row(crashes: Sequence[Crash]) -> list[Crash]:

@@ -2,6 +2,7 @@
 see.
 
     <shared>/<job>/crashes.json                          what went wrong in this job so far
+                   run                                   the folder of the run that it trains
                    alive-<host>.json                     the latest sign of life of a node's ranks
                    start-<requeues>-<attempt>/here-…     a node has come
                                              port        all have; here the ranks meet, on the first node
@@ -70,6 +71,15 @@ class Meeting:
     @property
     def host(self) -> str:
         return self.allocation.nodes[self.allocation.node]
+
+    def note_run(self, run: Path) -> None:
+        """What the job trains, for who has to decide without knowing (see job.py)."""
+        _put(self.job / "run", f"{run.absolute()}\n")
+
+    def run(self) -> Path | None:
+        """None where the first node did not come so far."""
+        told = _read(self.job / "run")
+        return Path(told.rstrip("\n")) if told else None
 
     def come(self) -> None:
         """This node is there."""
@@ -174,6 +184,13 @@ class Meeting:
     def note_crash(self, crash: Crash) -> None:
         items = [asdict(item) for item in [*self.crashes(), crash]]
         _put(self.job / "crashes.json", json.dumps(items, indent=1) + "\n")
+
+
+def latest(shared: Path, allocation: Allocation) -> Meeting:
+    """Of the last start within this allocation; of the first where there was none."""
+    begin = f"start-{allocation.restarts}-"
+    attempts = [name.removeprefix(begin) for name in names(shared / allocation.job) if name.startswith(begin)]
+    return Meeting(shared, allocation, max(map(int, attempts), default=0))
 
 
 def last_beat(job: Path) -> float | None:

@@ -3,7 +3,7 @@
 It starts `accelerate launch` with the node's number, the first node's address and a free port, passes SIGUSR1, SIGUSR2
 and SIGTERM on to the ranks, starts all anew after a crash, and puts the job back into the queue where that helps. It
 ends with 0 finished, 2 wrong configuration or input, 75 stopped with a good checkpoint or back in the queue, 1 given
-up after too many crashes, 70 the first node was lost.
+up after too many crashes, 70 the first node was lost, or SLURM has lost the job's GPUs.
 """
 
 import argparse
@@ -46,6 +46,7 @@ def add_running_arguments(parser: argparse._ActionsContainer) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from clipdist import world
+    from clipdist.cluster import scheduler
     from clipdist.cluster.job import Limits, Training, log_to_output, run_job
     from clipdist.cluster.runs import JOBS
     from clipdist.errors import UserError
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             "clipdist node runs as a task of a SLURM job; elsewhere use accelerate launch -m clipdist.train"
         )
     processes = args.processes_per_node or allocation.gpus
-    if processes < 1:
+    if processes < 1 and not scheduler.gpus_lost(allocation.job):
         raise UserError("the job has no GPUs on this node; ask for some, or set --processes-per-node")
     run_folder = args.run
     if run_folder is None:

@@ -31,6 +31,14 @@ def job(number: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
+def gpus_lost(number: str) -> bool:
+    """Whether this running job has none of the GPUs that it asks for. SLURM (22.05) starts one so that goes back into
+    the queue before it is noticed that a node of it is lost: once, the next start has them again."""
+    words = ask("scontrol", "--details", "show", "job", number, "--oneliner").stdout.split()
+    asked = any(word.startswith("TresPer") and "gpu" in word for word in words)
+    return asked and "JOB_GRES=(null)" in words
+
+
 NEVER = re.compile(
     r"can't_use|not_known|NotAllowed|InvalidAccount|InvalidQOS|PartitionNodeLimit|PartitionTimeLimit|BadConstraints"
 )

@@ -94,15 +94,13 @@ class Submitted:
 
 S = TypeVar("S", bound=Submitted)
 
-# Says nothing of the run, so that it serves each job of an array, of which one has the number of them all. A task that
-# was killed itself has decided nothing.
+# Says nothing of the run, so that it serves each job of an array.
 TEARDOWN = """code=$?
-job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
 case $code in
-    0 | 1 | 2) ;;
-    75) sleep 60 ;; # back in the queue: until SLURM ends this script
-    *) [ "${{SLURM_RESTART_COUNT:-0}}" -lt {crashes} ] && scontrol requeue "${{job:-$SLURM_JOB_ID}}" && sleep 60 ;;
+    0 | 2 | 75) ;;
+    *) {python} -m clipdist.cli requeue --shared {shared} --max-crashes {crashes} --code $code || code=$? ;;
 esac
+[ $code = 75 ] && sleep 60 # back in the queue: until SLURM ends this script
 exit $code"""
 
 
@@ -265,11 +263,16 @@ def _parameters(job: Submitted, name: str, resources: Resources) -> dict[str, An
         "signal_delay_s": resources.signal_seconds,
         "stderr_to_stdout": True,
         "setup": list(resources.setup),
-        "teardown": [TEARDOWN.format(crashes=job.training.limits.crashes)],
+        "teardown": [_teardown(job.training)],
         "srun_args": ["--kill-on-bad-exit=0"],
         "additional_parameters": {"requeue": True, **resources.more},
     }
     return {key: value for key, value in options.items() if value is not None}
+
+
+def _teardown(training: Training) -> str:
+    python, shared = shlex.quote(sys.executable), shlex.quote(str(training.shared))
+    return TEARDOWN.format(python=python, shared=shared, crashes=training.limits.crashes)
 
 
 def write_submitted(config: "RunConfig", job: S) -> S:

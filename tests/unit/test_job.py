@@ -1,5 +1,6 @@
 """What the nodes of a job tell each other, and what the first one decides; the same on a real SLURM: tests/cluster."""
 
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from clipdist.cluster import job, meeting, scheduler
-from clipdist.cluster.job import Limits, Training, in_a_row, judge, run_job
+from clipdist.cluster.job import LOST, Limits, Training, in_a_row, judge, run_job, undecided
 from clipdist.cluster.meeting import Crash, Failure, Meeting
 from clipdist.cluster.node import Node
 from clipdist.cluster.runs import STOP
@@ -217,6 +218,68 @@ def test_a_stop_for_good(decide: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "run" / STOP).touch()
     assert decide(all_end(75)) == "75"
     assert decide(all_end(1)) == "1"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "code", "expected"),
+    [
+        (None, 137, 75),  # the first node's task was killed
+        (None, 1, 75),  # srun itself failed, with the code that means given up
+        ("again", 233, 75),
+        ("requeue n2", 137, 75),
+        ("1", 1, 1),
+        ("2", 2, 2),
+        ("0", 1, 1),  # the scores failed, which they would again
+        ("0", 137, 75),  # they were killed
+    ],
+)
+def test_a_script_asks_what_becomes_of_a_job_whose_tasks_are_gone(
+    verdict: str | None, code: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requeued: list[str] = []
+    monkeypatch.setattr(scheduler, "requeue", requeued.append)
+    Meeting(tmp_path, allocation(0, restarts=2), 0).decide("again")
+    meeting = Meeting(tmp_path, allocation(0, restarts=2), 1)
+    Meeting(tmp_path, allocation(0, restarts=1), 10).decide("1")
+    if verdict:
+        meeting.decide(verdict)
+    assert undecided(tmp_path, allocation(0, restarts=2), code, Limits()) == expected
+    assert requeued == ["12"] * (expected == 75)
+    assert len(meeting.crashes()) == (expected == 75)
+
+
+def test_so_many_requeues_as_get_somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job is not given up for having been requeued often, by its time limit, say."""
+    monkeypatch.setattr(scheduler, "requeue", lambda number: "")
+    shared, run = tmp_path / "shared", tmp_path / "run"
+    Meeting(shared, allocation(0), 0).note_run(run)
+    codes = []
+    for restarts in range(20):
+        if restarts % 3 == 0 and restarts <= 12:
+            (run / "checkpoints" / f"step-{restarts:08}").mkdir(parents=True)
+        codes.append(undecided(shared, allocation(0, restarts), 137, Limits(crashes=3)))
+    assert codes == [75] * 15 + [1] * 5
+    (run / "checkpoints" / "step-00000099").mkdir()
+    (run / STOP).touch()
+    assert undecided(shared, allocation(0, 20), 137, Limits(crashes=3)) == 1, "it is not to come back"
+
+
+def test_a_job_whose_gpus_slurm_has_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As SLURM tells it; whoever asks for none has lost none."""
+    said = ""
+    monkeypatch.setattr(scheduler, "ask", lambda *words: subprocess.CompletedProcess(words, 0, said, ""))
+    for said, lost in (
+        ("JobId=12 JOB_GRES=(null) Nodes=n[3-4] GRES= TresPerNode=gres:gpu:2", True),
+        ("JobId=12 JOB_GRES=gpu:4 Nodes=n[3-4] GRES=gpu:2(IDX:2-3) TresPerNode=gres:gpu:2", False),
+        ("JobId=12 JOB_GRES=(null) TresPerJob=gres/gpu:4", True),
+        ("JobId=12 JOB_GRES=(null) Nodes=n[3-4] GRES=", False),
+        ("", False),
+    ):
+        assert scheduler.gpus_lost("12") is lost, said
+    said = "JOB_GRES=(null) TresPerNode=gres:gpu:2"
+    training = Training([], tmp_path / "run", 2, Path("gpu.yaml"), tmp_path / "shared")
+    assert run_job(training, Allocation("12", 1, HOSTS, 1, 0)) == LOST
+    assert not (tmp_path / "shared").exists()
 
 
 def test_all_nodes_do_what_the_first_decides(

@@ -467,13 +467,18 @@ def test_a_script_that_a_task_leaves_requeues_its_own_job_of_an_array(tmp_path: 
     from clipdist.cluster.submit import TEARDOWN
 
     fake = tmp_path / "scontrol"
-    fake.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\nexit 1\n')
+    fake.write_text(
+        f'#!/bin/sh\ncase "$*" in\n*hostnames*) echo n1 ;;\n*show*) echo JobState=RUNNING ;;\n'
+        f'*) echo "$@" > {tmp_path}/asked ;;\nesac\n'
+    )
     fake.chmod(0o755)
-    script = f"(exit 137)\n{TEARDOWN.format(crashes=10)}"
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "40"}
+    (tmp_path / "sleep").symlink_to("/bin/true")
+    script = f"(exit 137)\n{TEARDOWN.format(python=sys.executable, shared=tmp_path / 'shared', crashes=10)}"
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "40", "SLURM_JOB_NODELIST": "n1"}
     for more, expected in (({}, "40"), ({"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "3"}, "40_3")):
-        done = subprocess.run(["bash", "-c", script], env=environment | more)
-        assert (done.returncode, (tmp_path / "asked").read_text()) == (137, f"requeue {expected}\n")
+        done = subprocess.run(["bash", "-c", script], env=environment | more, timeout=120)
+        assert (done.returncode, (tmp_path / "asked").read_text()) == (75, f"requeue {expected}\n")
+        assert (tmp_path / "shared" / expected / "crashes.json").exists()
 
 
 def test_a_job_of_an_array_is_called_by_its_place(monkeypatch: pytest.MonkeyPatch) -> None:

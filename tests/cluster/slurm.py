@@ -156,8 +156,7 @@ class LocalSlurm:
         key.chmod(0o600)
         munge = [f"--{what}-file={root / 'munge'}.{what}" for what in ("pid", "log", "seed")]
         self._daemon("munged", "-F", f"--key-file={key}", f"--socket={root}/munge.socket", *munge)
-        self._daemon("slurmctld", "-D", "-c", "-f", str(root / "slurm.conf"))
-        self._until(lambda: "UP" in self.run("scontrol", "ping"), 20, "the controller answers")
+        self._start_controller("-c")
         for name in names:
             self.start_node(name)
         self._until(lambda: self.idle() == NODES, 30, "all nodes are idle")
@@ -210,6 +209,19 @@ class LocalSlurm:
             known = ("unshare", "--mount", "bash", "-c", KNOWN, str(self.root)) if self.network else ()
             words = (*WITH_US, *self._inside("control"), *known, *words)
             self._daemons.append(subprocess.Popen(words, stdout=out, stderr=out, env=self.environment))
+
+    def _start_controller(self, *words: str) -> None:
+        self._daemon("slurmctld", "-D", *words, "-f", str(self.root / "slurm.conf"))
+        self._until(lambda: "UP" in self.run("scontrol", "ping"), 20, "the controller answers")
+
+    def restart_controller(self) -> None:
+        """It counts anew what jobs have. SLURM 22.05 never gives back the GPUs of a job that it has started without any
+        (see `scheduler.gpus_lost`), and then nobody gets them any more."""
+        controller = self._daemons.pop()
+        controller.terminate()
+        controller.wait(30)
+        self._start_controller()
+        self._until(lambda: self.idle() == NODES, 30, "all nodes are idle")
 
     def start_node(self, name: str) -> None:
         """Powers a node on."""

@@ -106,7 +106,8 @@ class Faults:
         return ""
 
     def preempt(self) -> str:
-        words = ("--partition=high", f"--nodes={NODES}", "--exclusive", "--wrap=sleep 1", "--output=/dev/null")
+        # All cores, but not --exclusive, which takes GPUs that SLURM may hold for lost.
+        words = ("--partition=high", f"--nodes={NODES}", "--ntasks-per-node=8", "--wrap=sleep 1", "--output=/dev/null")
         self.heal()
         self.job.slurm.wait(self.job.slurm.submit(*words, cwd=Path("/")), seconds=120)
         return "preempted"
@@ -138,6 +139,7 @@ def test_ten_random_faults(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "data").symlink_to(long_and_undisturbed / "data")
+    slurm.restart_controller()
     dice = random.Random(seed)
     job = Job(slurm, tmp_path, cluster_recipe(tmp_path), raw, words=WORDS)
     faults, told = Faults(job, dice), []

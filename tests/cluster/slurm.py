@@ -26,7 +26,8 @@ from typing import Any
 NODES = 4
 DAEMONS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "scontrol", "ip")
 PORTS = range(16_900, 18_900, NODES + 1)
-"""Where to look for as many in a row that are free: another such cluster may be on this machine."""
+"""Where to look for as many in a row that are free: another such cluster may be on this machine. Jobs are numbered from
+there on, too, since it is by its job that tests find a process."""
 NETWORK, CONTROL_HOST = "10.77.0", 254
 SPACE = "clipdist-"
 """How the names of our network namespaces begin."""
@@ -40,6 +41,7 @@ AuthType=auth/munge
 AuthInfo=socket={root}/munge.socket
 CredType=cred/munge
 SlurmctldPort={control_port}
+FirstJobId={control_port}
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool/%n

@@ -163,7 +163,8 @@ def test_ten_random_faults(
         print(f"\nseed {seed}: {time.monotonic() - began:.0f} s, {len(starts)} starts, {found['Restarts']} requeues")
         print("  " + "; ".join(f"{what} after step {step}" for what, step in told))
         print(f"  {sum(start['lost_steps'] for start in starts)} steps done twice")
-    assert len(starts) > FAULTS // 2
+    # Several may strike the same start, but not all of them.
+    assert len(starts) > FAULTS // 4
     assert_the_same(job.run, long_and_undisturbed, last=STEPS)
 
 

@@ -39,7 +39,8 @@ class TrainTable:
     """The sound rows of train.csv that were wanted, R of them, in its order; the first below the header is row 1.
 
     `rows` counts all sound rows, `absent` those of them that were not wanted. `named`, ascending, are the wanted ids
-    that any row names, a rejected one, too. `other_ids`, `other_rows`: the sound rows that were not wanted, where they were asked for.
+    that any row names, a rejected one, too. `other_ids`, `other_rows`: the sound rows that were not wanted, where they
+    were asked for.
     """
 
     ids_R: Ids

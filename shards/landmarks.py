@@ -3,7 +3,7 @@ md5sum/train/md5.images_000.txt …, and of metadata/ train.csv, train_label_to_
 from https://s3.amazonaws.com/google-landmark into RAW, then
 
 python shards/landmarks.py RAW --side 256 --out data/landmarks
-python shards/landmarks.py RAW --side 256 --embed resnet50 --cosine 0.95 --out data/landmarks   # larger crops, too
+python shards/landmarks.py RAW --side 256 --embed resnet50 --out data/landmarks    # finds larger crops, too
 python shards/landmarks.py RAW --phantom 24 --out data/landmarks         # draws invented landmarks into RAW first
 """
 
@@ -17,11 +17,14 @@ from clipdist.data.sets.writer import check_free
 from clipdist.prepare.landmark_splits import divide_landmarks
 from clipdist.prepare.landmarks import TEMPLATES, read_landmarks
 from clipdist.prepare.near_duplicates import near_duplicates
+from clipdist.prepare.phantom_landmarks import is_phantom, write_landmarks_layout
 
 LICENSE = (
     "Google Landmarks Dataset v2, https://github.com/cvdfoundation/google-landmark. Annotations: CC BY 4.0, Google. "
     "Images: of their authors, each under the licence that the sample's field `license` names (train_attribution.csv)."
 )
+
+SYNTHETIC = "Synthetic pictures and names drawn by clipdist; public domain (CC0-1.0). They show no real landmark."
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,7 +37,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--template", action="append", metavar="TEXT", help="with {} for the name; repeat for several")
     embed = "compare features, too, of a timm model or a model's folder; WEIGHTS: a file or package://… (default: none)"
     parser.add_argument("--embed", metavar="NAME[:WEIGHTS]", help=embed)
-    parser.add_argument("--cosine", type=float, default=0.95, help="features as near as this are one (default: 0.95)")
+    parser.add_argument(
+        "--cosine", type=float, default=0.9, help="features as near as this are one picture (default: 0.9)"
+    )
     parser.add_argument("--phantom", type=int, metavar="N", help="draw a RAW of N invented landmarks, if not there")
     parser.add_argument("--split", nargs="+", default=["train=0.8", "val=0.1", "test=0.1"], metavar="NAME=FRACTION")
     add_packing_arguments(parser, format="jpg", quality=95)
@@ -42,10 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     options, fractions = packing_options(args), parse_fractions(args.split)
     check_free(args.out, args.overwrite)
-    if args.phantom is not None and not args.raw.exists():
-        from clipdist.prepare.phantom_landmarks import write_landmarks_layout
-
+    if args.phantom is not None:
         write_landmarks_layout(args.raw, args.phantom)
+    synthetic = is_phantom(args.raw)
     embedder = None
     if args.embed:
         from clipdist.prepare.embedding import ImageEmbedder  # brings torch, which takes seconds
@@ -76,9 +80,9 @@ def main(arguments: list[str] | None = None) -> None:
         rejected=found.rejected,
         left_out=sum(found.left_out.values()),
         beside=divided.files,
-        license_text=LICENSE,
+        license_text=SYNTHETIC if synthetic else LICENSE,
         sources=found.sources,
-        notes={"landmarks": {**found.notes, "left_out": found.left_out}, **divided.notes},
+        notes={"synthetic": synthetic, "landmarks": {**found.notes, "left_out": found.left_out}, **divided.notes},
         **options,
     )
     print(summary)

@@ -96,7 +96,7 @@ def read_train(path: Path, wanted_W: Ids, *, others: bool = False) -> TrainTable
     }
     rejected: list[Rejected] = []
     count = absent = 0
-    for first, batch in _blocks(path, ("id", "url", "landmark_id"), rejected):
+    for rows, batch in _blocks(path, ("id", "url", "landmark_id"), rejected):
         found, sound = ids_of(batch["id"])
         numbers = pc.fill_null(batch["landmark_id"], "")
         numeric = pc.match_substring_regex(numbers, LANDMARK).to_numpy(zero_copy_only=False)
@@ -106,11 +106,10 @@ def read_train(path: Path, wanted_W: Ids, *, others: bool = False) -> TrainTable
             what = f"landmark_id {numbers[place].as_py()!r}, expected a number"
             if not sound[place]:
                 what = f"id {name!r}, expected {ID_DIGITS} hexadecimal digits"
-            rejected.append(Rejected(first + place, name, "", what))
-        seen = first + len(batch) - 1
-        if len(rejected) > MANY_FAULTS and len(rejected) > seen / 2:
+            rejected.append(Rejected(int(rows[place]), name, "", what))
+        if len(rejected) > MANY_FAULTS and len(rejected) > rows[-1] / 2:
             raise UserError(
-                f"{path}: {len(rejected):,} of its first {seen:,} rows are faulty ({rejected[0]}); expected the "
+                f"{path}: {len(rejected):,} of its first {rows[-1]:,} rows are faulty ({rejected[0]}); expected the "
                 f"train.csv of version 2"
             )
         count += int(good.sum())
@@ -121,12 +120,12 @@ def read_train(path: Path, wanted_W: Ids, *, others: bool = False) -> TrainTable
         some = batch.take(pa.array(own))
         kept["ids"].append(found[own])
         kept["landmarks"].append(some["landmark_id"].cast(pa.int64()).to_numpy())
-        kept["rows"].append(first + own)
+        kept["rows"].append(rows[own])
         kept["urls"].append(some["url"].to_numpy(zero_copy_only=False).astype(object))
         if others:
             rest = np.flatnonzero(good & ~wanted)
             kept["others"].append(found[rest])
-            kept["at"].append(first + rest)
+            kept["at"].append(rows[rest])
     if not count and not rejected:
         raise UserError(f"{path}: the table has no rows")
     kinds = {"ids": np.uint64, "named": np.uint64, "others": np.uint64, "urls": object}
@@ -166,14 +165,14 @@ def read_clean(path: Path) -> tuple[Ids, npt.NDArray[np.int64]]:
     """(ids, ascending; the landmark of each) of train_clean.csv: `landmark_id` and `images`, parted by spaces."""
     ids, landmarks = [], []
     rejected: list[Rejected] = []
-    for first, batch in _blocks(path, ("landmark_id", "images"), rejected):
+    for rows, batch in _blocks(path, ("landmark_id", "images"), rejected):
         lists = pc.split_pattern(pc.fill_null(batch["images"], ""), " ")
         found, sound = ids_of(lists.flatten())
         numeric = pc.match_substring_regex(pc.fill_null(batch["landmark_id"], ""), LANDMARK)
         if not sound.all() or not pc.all(numeric).as_py():
             bad = int(pc.list_parent_indices(lists)[int(np.argmin(sound))].as_py()) if not sound.all() else 0
             raise UserError(
-                f"{path}: about row {first + bad}: expected a landmark's number, and ids of {ID_DIGITS} hexadecimal "
+                f"{path}: about row {rows[bad]}: expected a landmark's number, and ids of {ID_DIGITS} hexadecimal "
                 f"digits parted by single spaces"
             )
         ids.append(found)
@@ -251,9 +250,11 @@ def unique_names(names: dict[int, str]) -> dict[int, str]:
     return found
 
 
-def _blocks(path: Path, columns: Sequence[str], rejected: list[Rejected]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """(number of its first row, block) of a CSV with at least these columns, as strings. Rows with another number of
-    cells go to `rejected`, and are not counted by the numbers of later rows in the same block."""
+def _blocks(
+    path: Path, columns: Sequence[str], rejected: list[Rejected]
+) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:
+    """(numbers of its rows, block) of a CSV with at least these columns, as strings. Rows with another number of cells
+    go to `rejected`."""
     if not path.is_file():
         raise UserError(f"{path}: there is no such table")
     with open(path, encoding="utf-8-sig", errors="replace") as file:
@@ -268,7 +269,7 @@ def _blocks(path: Path, columns: Sequence[str], rejected: list[Rejected]) -> Ite
         rejected.append(Rejected(number, "", (row.text or "")[:80], what))
         return "skip"
 
-    first = 1
+    sound = 0
     try:
         # One thread: only then it knows the numbers of faulty rows. Titles may hold line breaks.
         reader = pa.csv.open_csv(
@@ -282,7 +283,9 @@ def _blocks(path: Path, columns: Sequence[str], rejected: list[Rejected]) -> Ite
             ),
         )
         for batch in reader:
-            yield first + len(faulty), batch
-            first += len(batch)
+            # The numbers that no faulty row has, in order; the reader may be ahead and know of later ones already.
+            order = sound + 1 + np.arange(len(batch))
+            yield order + np.searchsorted(np.sort(faulty) - np.arange(len(faulty)), order, side="right"), batch
+            sound += len(batch)
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: unreadable table ({' '.join(str(error).split())[:200]}); fetch it again") from None

@@ -49,7 +49,7 @@ def near_duplicates(
     *,
     bits: int = CANDIDATE_BITS,
     embedder: "ImageEmbedder | None" = None,
-    cosine: float = 0.95,
+    cosine: float = 0.9,
     workers: int | None = None,
     max_pixels: int = MAX_IMAGE_PIXELS,
     quiet: bool = False,

@@ -1,4 +1,4 @@
-"""Drawn landmarks laid out as Google Landmarks v2 is published: tars, md5 files, tables, and faults as the real set has.
+"""Drawn landmarks laid out as Google Landmarks v2 is published: tars, md5 files, tables, and faults like the real ones.
 
 They let packing, training and the search for near-duplicates be tried without a download. `phantom.json` says which
 copies were planted, of which kind.
@@ -87,6 +87,11 @@ def write_landmarks_layout(folder: Path, landmarks: int = 24, *, side: int = 128
     return folder
 
 
+def is_phantom(folder: Path) -> bool:
+    """Whether `write_landmarks_layout` made it."""
+    return bool(_stamp_of(folder))
+
+
 def _stamp_of(folder: Path) -> dict[str, Any]:
     try:
         body = json.loads((folder / STAMP).read_text(encoding="utf-8"))
@@ -151,7 +156,7 @@ def _changed(picture: Image.Image, kind: str, rng: np.random.Generator) -> Image
     if kind == "brightened":
         return ImageEnhance.Brightness(picture).enhance(1.2)
     if kind in ("trimmed", "zoomed"):
-        share = rng.uniform(0.02, 0.05) if kind == "trimmed" else rng.uniform(0.22, 0.32)
+        share = rng.uniform(0.02, 0.05) if kind == "trimmed" else rng.uniform(0.12, 0.2)
         left, top = rng.uniform(0, share, 2)
         box = (left * width, top * height, (left + 1 - share) * width, (top + 1 - share) * height)
         return picture.resize((width, height), Image.Resampling.BICUBIC, box)

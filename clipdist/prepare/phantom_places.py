@@ -154,7 +154,7 @@ class _View:
         pixels = (
             np.asarray(small, np.float32) * self.light * np.array([1 + self.warmth, 1, 1 - self.warmth], np.float32)
         )
-        pixels += self.rng.normal(0, 3, (*pixels.shape[:2], 1))
+        pixels += self.rng.normal(0, 1.5, (*pixels.shape[:2], 1))
         return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 

@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--template", action="append", metavar="TEXT", help="with {} for the name; repeat for several")
     embed = "compare features, too, of a timm model or a model's folder; WEIGHTS: a file or package://… (default: none)"
     parser.add_argument("--embed", metavar="NAME[:WEIGHTS]", help=embed)
+    parser.add_argument("--bits", type=int, default=10, help="in which hashes of looks may differ (default: 10)")
     parser.add_argument(
         "--cosine", type=float, default=0.9, help="features as near as this are one picture (default: 0.9)"
     )
@@ -67,6 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     found.check(args.out, args.max_rejected)
     near = near_duplicates(
         [pair.image for pair in found.pairs],
+        bits=args.bits,
         embedder=embedder,
         cosine=args.cosine,
         workers=args.workers,

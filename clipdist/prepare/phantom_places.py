@@ -142,13 +142,10 @@ class _View:
 
     def developed(self) -> Image.Image:
         """The picture at its size, in its light, with a lens's softness and a sensor's noise."""
-        small = self.canvas.rotate(self.rng.normal(0, 1.5), Image.Resampling.BILINEAR).crop(
-            tuple(
-                round(length * share)
-                for length, share in zip(self.canvas.size * 2, (0.02, 0.02, 0.98, 0.98), strict=True)
-            )
-        )
-        small = small.resize(self.size, Image.Resampling.BOX)
+        width, height = self.canvas.size
+        turned = self.canvas.rotate(self.rng.normal(0, 1.5), Image.Resampling.BILINEAR)
+        inner = (0.02 * width, 0.02 * height, 0.98 * width, 0.98 * height)
+        small = turned.resize(self.size, Image.Resampling.BOX, inner)
         if self.rng.random() < 0.2:
             small = small.filter(ImageFilter.GaussianBlur(0.6))
         pixels = (

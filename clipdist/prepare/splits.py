@@ -98,7 +98,7 @@ def every_label_in(
     A label without samples in `name` gives it the smallest of its units, the first of several such; none that is there
     leaves it. Arrays and sequences have a value for each sample; `splits` as `split_by` gives them.
     """
-    splits = splits.copy()
+    splits = splits.astype(np.result_type(splits, np.array(name)))  # wide enough for the name
     label_of, unit_of = _codes(labels), _codes(units)
     sizes = np.bincount(unit_of)
     present = np.zeros(int(label_of.max(initial=-1)) + 1, bool)

@@ -74,6 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
         workers=args.workers,
         max_pixels=args.max_pixels,
     )
+    found.check(args.out, args.max_rejected, near.unreadable)
     found, divided = divide_landmarks(found, near, fractions, args.seed)
     print(divided)
     summary = pack_pairs(

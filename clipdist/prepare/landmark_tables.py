@@ -107,12 +107,12 @@ def read_train(path: Path, wanted_W: Ids, *, others: bool = False) -> TrainTable
             if not sound[place]:
                 what = f"id {name!r}, expected {ID_DIGITS} hexadecimal digits"
             rejected.append(Rejected(int(rows[place]), name, "", what))
-        if len(rejected) > MANY_FAULTS and len(rejected) > rows[-1] / 2:
-            raise UserError(
-                f"{path}: {len(rejected):,} of its first {rows[-1]:,} rows are faulty ({rejected[0]}); expected the "
-                f"train.csv of version 2"
-            )
         count += int(good.sum())
+        if len(rejected) > max(MANY_FAULTS, count):
+            raise UserError(
+                f"{path}: {len(rejected):,} faulty rows beside {count:,} sound ones so far ({rejected[0]}); expected "
+                f"the train.csv of version 2"
+            )
         wanted = places_in(found, wanted_W) >= 0
         absent += int((good & ~wanted).sum())
         own = np.flatnonzero(good & wanted)

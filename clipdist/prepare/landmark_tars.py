@@ -23,6 +23,8 @@ _TAR = re.compile(r"images_\d{3}\.tar")
 
 def find_tars(raw: Path) -> list[Path]:
     """The tars in `raw` and in `raw/train`, by number; `UserError` when there are none, or two of one number."""
+    if not raw.is_dir():
+        raise UserError(f"{raw}: there is no such folder; expected the downloaded tars and tables")
     places = [folder for folder in (raw, raw / "train") if folder.is_dir()]
     found = sorted(
         (path for folder in places for path in folder.iterdir() if _TAR.fullmatch(path.name)),

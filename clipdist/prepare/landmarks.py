@@ -42,8 +42,8 @@ TEMPLATES = ("a photo of {}",)
 
 @dataclass
 class LandmarkPairs:
-    """`pairs` of the classes that are kept, by id; `rejected`; `left_out` counts sound images by why they are not
-    wanted; `classes` maps each label to its landmark and category."""
+    """`pairs` of the classes that are kept, in the tars' order; `rejected`; `left_out` counts images by why they are
+    not wanted; `classes` maps each label to its landmark and category."""
 
     pairs: list[Pair]
     rejected: list[Rejected]
@@ -52,10 +52,15 @@ class LandmarkPairs:
     notes: dict[str, Any]
     sources: dict[str, str]
 
-    def check(self, folder: Path, limit: float) -> None:
-        """`UserError`, with `folder/rejected.csv`, when more than the share `limit` of all images is rejected."""
+    def check(self, folder: Path, limit: float, unreadable: Mapping[int, str] | None = None) -> None:
+        """`UserError`, with `folder/rejected.csv`, when more than the share `limit` of all images is rejected; or of
+        the pairs, when these (place in `pairs` -> reason) turned out to be `unreadable`."""
         refused = Refused(folder, list(self.rejected), limit, "images")
         refused.total = len(self.pairs) + len(self.rejected) + sum(self.left_out.values())
+        if unreadable is not None:
+            faults = [Rejected.of(self.pairs[row], reason) for row, reason in unreadable.items()]
+            refused = Refused(folder, faults, limit, "images that were looked at")
+            refused.total = len(self.pairs)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             refused.check()
@@ -123,7 +128,7 @@ def read_landmarks(
         said.append(f"{NAMES} names no category of {unnamed:,} landmarks: their labels are their numbers")
     if not has_table(raw, ATTRIBUTION):
         said.append(f"{ATTRIBUTION} is not there: samples carry no author and no licence")
-    told = read_attribution(find_table(raw, ATTRIBUTION), columns.ids) if has_table(raw, ATTRIBUTION) else {}
+    told = read_attribution(find_table(raw, ATTRIBUTION), np.sort(columns.ids)) if has_table(raw, ATTRIBUTION) else {}
     notes = {
         "tars": {"count": len(images.tars), "images": len(images.ids_N), "md5": images.checked},
         "rows": {"all": table.rows, "absent": 0 if images.complete else table.absent},

@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from clipdist.data.sets.pack import Pair
 from clipdist.data.shards import ShardSet
 from clipdist.errors import UserError
+from clipdist.prepare.landmark_splits import divide_landmarks
 from clipdist.prepare.landmark_tables import friendly, id_text, ids_of, places_in, read_train, unique_names
 from clipdist.prepare.landmarks import LandmarkPairs, read_landmarks
-from clipdist.prepare.near_duplicates import near_duplicates
+from clipdist.prepare.near_duplicates import NearDuplicates, near_duplicates
 from clipdist.prepare.phantom_landmarks import BY_FEATURES, BY_LOOKS, MISLABELLED, write_landmarks_layout
 from tests.unit.pictures import encoded, photograph
 from tests.unit.tars import plain_tar
@@ -383,6 +385,46 @@ def test_rows_are_missing_once_all_tars_are_there(raw: Path, monkeypatch: pytest
     assert found.notes["rows"]["absent"] == 0
     (raw / "train" / "md5.images_007.txt").write_text("junk")
     assert read(raw, min_images=5).notes["rows"]["absent"] == 3
+
+
+# Splits
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_near_duplicates_stay_together_and_every_class_is_learned(data: st.DataObject) -> None:
+    labels = data.draw(st.lists(st.sampled_from("AAAAABBBBCCD"), min_size=12, max_size=40))
+    place = st.integers(0, len(labels) - 1)
+    drawn = data.draw(st.lists(st.tuples(place, place), max_size=12))
+    edges = sorted({(min(pair), max(pair)) for pair in drawn if pair[0] != pair[1]})
+    unreadable = dict.fromkeys(data.draw(st.sets(place, max_size=4)), "unreadable image")
+    fields = [{"label": label, "landmark_id": ord(label)} for label in labels]
+    pairs = [Pair(f"k{n}", b"", ["text"], one, n + 1) for n, one in enumerate(fields)]
+    classes = {label: (ord(label), "") for label in dict.fromkeys(labels)}
+    notes = {"min_images": 2, "landmarks": {}}
+    found = LandmarkPairs(pairs, [], {}, classes, notes, {})
+    near = NearDuplicates(
+        np.array(edges, np.int64).reshape(-1, 2), np.zeros(len(edges), int), np.ones(len(edges)), unreadable,
+        {"bytes": 0, "looks": 0, "features": None},
+    )  # fmt: skip
+    fractions = {"val": 0.2, "train": 0.6, "test": 0.2}
+    count = Counter(label for n, label in enumerate(labels) if n not in unreadable)
+    kept = {n for n, label in enumerate(labels) if n not in unreadable and count[label] >= 2}
+    assume(len(kept) - len(edges) >= len(fractions))  # so many units at least
+    left, divided = divide_landmarks(found, near, fractions, seed=3)
+    split_of = {pair.key: (name, pair.fields["unit"]) for name, held in divided.splits.items() for pair in held}
+    assert set(split_of) == {f"k{n}" for n in kept} == {pair.key for pair in left.pairs}
+    assert len(left.rejected) == len(unreadable)
+    assert sum(left.left_out.values()) == len(labels) - len(unreadable) - len(kept)
+    for one, other in edges:
+        if {one, other} <= kept:
+            assert split_of[f"k{one}"] == split_of[f"k{other}"]
+    assert {pair.fields["label"] for pair in divided.splits["train"]} == {labels[n] for n in kept} == set(left.classes)
+    across = [(a, b) for a, b in edges if {a, b} <= kept and labels[a] != labels[b]]
+    told = list(csv.DictReader(io.StringIO(divided.files["near_duplicates_across_landmarks.csv"].decode())))
+    assert [(row["key"], row["other_key"]) for row in told] == [(f"k{a}", f"k{b}") for a, b in across]
+    largest = max(Counter(unit for _, unit in split_of.values()).values())
+    assert ("warning: one unit holds" in str(divided)) == (largest > max(1, 0.05 * len(kept)))
 
 
 # From raw files to a set

@@ -187,14 +187,17 @@ def pack_pairs(
             refused.fail("nothing could be packed")
         refused.save()
         writer.manifest.notes["rejected"] = len(refused.found)
-        for name, content in (beside or {}).items():
-            write_atomically(folder / name, content)
-            writer.manifest.notes.setdefault("files", {})[name] = xxhash.xxh3_64_hexdigest(content)
+        _write_beside(writer, beside or {})
     shards = {name: len(writer.manifest.splits.get(name, [])) for name in pairs_by_split}
     written = sum(shard.bytes for found in writer.manifest.splits.values() for shard in found)
-    return PackSummary(
-        folder, tally.samples, shards, written, tally.units(), tally.straddling(), refused.found, left_out
-    )
+    told = (tally.units(), tally.straddling(), refused.found, left_out)
+    return PackSummary(folder, tally.samples, shards, written, *told)
+
+
+def _write_beside(writer: ShardSetWriter, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        write_atomically(writer.folder / name, content)
+        writer.manifest.notes.setdefault("files", {})[name] = xxhash.xxh3_64_hexdigest(content)
 
 
 def needed(done: int, total: int, size: int) -> str:

@@ -100,6 +100,7 @@ def recipe(*arguments: object) -> None:
 # Ids, names
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(st.text("0123456789abcdef", min_size=16, max_size=16), st.text(max_size=20), st.none())))
 def test_ids_are_the_numbers_that_they_write(texts: list[str | None]) -> None:
     array = pa.array([None, *texts], pa.string())[1:]  # an array that begins within its buffers
@@ -109,6 +110,7 @@ def test_ids_are_the_numbers_that_they_write(texts: list[str | None]) -> None:
         assert id_text(number) == (text if good else "0" * 16)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 20)), st.sets(st.integers(0, 20)))
 def test_places(wanted: list[int], among: set[int]) -> None:
     held = sorted(among)
@@ -129,6 +131,7 @@ def test_friendly_names() -> None:
     assert friendly("http://commons.wikimedia.org/wiki/Eiffel") == friendly(wiki) == ""
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.integers(0, 99), st.sampled_from(["A", "B", "A (1)", "A (2)", "A (2)'"])))
 def test_names_are_unique_and_end_in_the_number_only_where_shared(names: dict[int, str]) -> None:
     found = unique_names(names)

@@ -95,6 +95,12 @@ def resolve(path: str) -> Path:
     return found
 
 
+def natural_side(name: str) -> int:
+    """Pixels along each side of the input that a timm model was made for; 224 where timm does not say."""
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return int(known.input_size[-1]) if known else 224
+
+
 class ImageTower(nn.Module):
     """A timm model without its classifier: uint8 images [b, 3, H, W] -> features [b, C].
 

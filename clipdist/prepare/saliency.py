@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clipdist.data.shards import write_atomically
 from clipdist.errors import UserError
-from clipdist.model.towers import ImageTower, ImageTowerConfig
+from clipdist.model.towers import ImageTower, ImageTowerConfig, natural_side
 
 BATCH = 64
 
@@ -111,11 +111,7 @@ def attention_of_slides(
 
 
 def _tower(name: str, weights: bool | dict[str, Any], side: int | None) -> tuple[ImageTower, int]:
-    import timm
-
-    if side is None:
-        known = timm.get_pretrained_cfg(name, allow_unregistered=True)
-        side = int(known.input_size[-1]) if known else 224
+    side = natural_side(name) if side is None else side
     config = ImageTowerConfig(name=f"timm:{name}", pretrained=weights is True, side=side)
     try:
         tower = ImageTower(config)

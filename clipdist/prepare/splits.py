@@ -90,6 +90,31 @@ def straddling_units(units: Sequence[Any], splits: Sequence[str]) -> list[Any]:
     return list(straddling)
 
 
+def every_label_in(
+    splits: np.ndarray, labels: Sequence[Any], units: Sequence[Any], name: str
+) -> tuple[np.ndarray, list[Any]]:
+    """(splits, in which each label lies in the split `name` at least once; the labels that had to be moved there).
+
+    A label without samples in `name` gives it the smallest of its units, the first of several such; none that is there
+    leaves it. Arrays and sequences have a value for each sample; `splits` as `split_by` gives them.
+    """
+    splits = splits.astype(np.result_type(splits, np.array(name)))  # wide enough for the name
+    label_of, unit_of = _codes(labels), _codes(units)
+    sizes = np.bincount(unit_of)
+    present = np.zeros(int(label_of.max(initial=-1)) + 1, bool)
+    present[label_of[splits == name]] = True
+    moved = []
+    for label in np.flatnonzero(~present):
+        if present[label]:  # came along with another label's unit
+            continue
+        rows = np.flatnonzero(label_of == label)
+        smallest = unit_of[rows[np.argmin(sizes[unit_of[rows]])]]
+        splits[unit_of == smallest] = name
+        present[label_of[unit_of == smallest]] = True
+        moved.append(labels[int(rows[0])])
+    return splits, moved
+
+
 def _shown(fractions: Mapping[str, float]) -> str:
     return " ".join(f"{name}={value:g}" for name, value in fractions.items()) or "none"
 

@@ -6,8 +6,8 @@ splits = split_by(labels, units, {"train": 0.8, "val": 0.2}, seed)
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from clipdist.data.images.looks import LOOK, look_of
 from clipdist.data.sets.duplicates import CANDIDATE_BITS, Duplicates, find_duplicates, hashed
 from clipdist.data.sets.pack import available_cores, in_order
+from clipdist.data.sets.recode import ImageSource
 from clipdist.data.sets.survey import MAX_IMAGE_PIXELS, see
 from clipdist.data.shards import BadSample
 from clipdist.progress import progress
@@ -46,8 +47,38 @@ def joined_units(
     return order[codes].astype(np.int64)
 
 
+@dataclass
+class Looks:
+    """What N images look like: hashes of their bytes, uint64, and looks, dtype `LOOK`; both are 0 where an image is
+    `unreadable`, which says why for each such row."""
+
+    digests_N: np.ndarray
+    looks_N: np.ndarray
+    unreadable: dict[int, str]
+
+
+def looks_of(
+    images: Sequence[ImageSource],
+    *,
+    workers: int | None = None,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+    quiet: bool = False,
+) -> Looks:
+    """Decodes each image once. `workers`: processes, None for one on each core, 0 for none but this."""
+    workers = available_cores() if workers is None else workers
+    found = Looks(np.zeros(len(images), np.uint64), np.zeros(len(images), LOOK), {})
+    seen = in_order(partial(_look_at_all, max_pixels=max_pixels), images, workers)
+    for row, (digest, look, reason) in enumerate(
+        progress(seen, total=len(images), unit="image", description="looking for duplicates", quiet=quiet)
+    ):
+        found.digests_N[row], found.looks_N[row] = digest, look
+        if reason:
+            found.unreadable[row] = reason
+    return found
+
+
 def duplicates_of(
-    images: Sequence[Path | bytes],
+    images: Sequence[ImageSource],
     *,
     bits: int = CANDIDATE_BITS,
     workers: int | None = None,
@@ -55,25 +86,21 @@ def duplicates_of(
     quiet: bool = False,
 ) -> Duplicates:
     """What these image files, or bytes, show twice; see `find_duplicates`. Those that cannot be read are like nothing:
-    packing names them. `workers`: processes, None for one on each core, 0 for none but this."""
-    workers = available_cores() if workers is None else workers
-    digests, looks = np.zeros(len(images), np.uint64), np.zeros(len(images), LOOK)
-    seen = in_order(partial(_look_at_all, max_pixels=max_pixels), images, workers)
-    for row, (digest, look) in enumerate(
-        progress(seen, total=len(images), unit="image", description="looking for duplicates", quiet=quiet)
-    ):
-        digests[row], looks[row] = digest, look
-    return find_duplicates(digests, looks, bits)
+    packing names them. `workers` as in `looks_of`."""
+    found = looks_of(images, workers=workers, max_pixels=max_pixels, quiet=quiet)
+    return find_duplicates(found.digests_N, found.looks_N, bits)
 
 
-def _look_at_all(images: list[Path | bytes], max_pixels: int) -> list[tuple[int, np.ndarray]]:
+def _look_at_all(images: list[ImageSource], max_pixels: int) -> list[tuple[int, np.ndarray, str]]:
     return [_look_at(image, max_pixels) for image in images]
 
 
-def _look_at(image: Path | bytes, max_pixels: int) -> tuple[int, np.ndarray]:
-    """(hash of the bytes, look); 0 for what cannot be read."""
+def _look_at(image: ImageSource, max_pixels: int) -> tuple[int, np.ndarray, str]:
+    """(hash of the bytes, look, why it cannot be read)."""
     try:
         data = image if isinstance(image, bytes) else image.read_bytes()
-        return hashed(data), look_of(see(data, max_pixels))
-    except (BadSample, OSError):
-        return 0, np.zeros((), LOOK)
+        return hashed(data), look_of(see(data, max_pixels)), ""
+    except OSError as error:
+        return 0, np.zeros((), LOOK), f"unreadable image file: {error.strerror}"
+    except BadSample as error:
+        return 0, np.zeros((), LOOK), str(error)

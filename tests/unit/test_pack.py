@@ -371,6 +371,19 @@ def test_pairs_may_hold_bytes_and_repeat_no_key_across_splits(tmp_path: Path) ->
     ]
 
 
+def test_files_beside_the_set_and_pairs_left_out(tmp_path: Path) -> None:
+    good = [Pair(f"k{number}", encoded(picture(number)), ["text"]) for number in range(4)]
+    options: dict[str, Any] = {"workers": 0, "quiet": True, "max_rejected_fraction": 0.1}
+    bad = Pair("bad", b"no image", ["text"])
+    with pytest.raises(UserError, match="1 of 5 pairs rejected"):
+        pack_pairs({"train": [*good, bad]}, tmp_path / "out", **options)
+    found = pack_pairs({"train": [*good, bad]}, tmp_path / "out", left_out=5, beside={"a.csv": b"x\n"}, **options)
+    assert str(found).splitlines()[-1].startswith("rejected: 1 of 10 (10.00%)")
+    assert (tmp_path / "out" / "a.csv").read_bytes() == b"x\n"
+    notes = ShardSet.open(tmp_path / "out").manifest.notes
+    assert notes["files"] == {"a.csv": checksum_file(tmp_path / "out" / "a.csv")}
+
+
 def test_duplicates_are_kept_together_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "photos").mkdir()
     rows = ["image,text"]

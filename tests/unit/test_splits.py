@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipdist.errors import UserError
-from clipdist.prepare.splits import check_fractions, split_by, straddling_units
+from clipdist.prepare.splits import check_fractions, every_label_in, split_by, straddling_units
 
 THREE = {"train": 0.8, "val": 0.1, "test": 0.1}
 
@@ -133,3 +133,26 @@ def test_wrong_fractions_are_refused(wrong: dict[str, float], message: str) -> N
 
 def test_straddling_units_are_named_once() -> None:
     assert straddling_units(["p", "q", "p", "q", "r", "q"], ["a", "a", "b", "a", "a", "b"]) == ["p", "q"]
+
+
+@settings(max_examples=80, deadline=None)
+@given(units_and_labels(), st.integers(0, 2**40))
+def test_every_label_is_in_one_split_with_its_units_whole(samples: tuple[list[int], list[str]], seed: int) -> None:
+    units, labels = samples
+    before = {unit: ("train", "val", "test")[np.random.default_rng([seed, unit]).integers(3)] for unit in set(units)}
+    given_splits = np.array([before[unit] for unit in units])
+    splits, moved = every_label_in(given_splits, labels, units, "train")
+    assert straddling_units(units, splits.tolist()) == []
+    assert {label for label, split in zip(labels, splits, strict=True) if split == "train"} == set(labels)
+    assert set(moved) <= set(labels) - {
+        label for label, unit in zip(labels, units, strict=True) if before[unit] == "train"
+    }
+    changed = {unit for unit, was, now in zip(units, given_splits, splits, strict=True) if was != now}
+    assert len(changed) == len(moved)
+    assert all(split == "train" for unit, split in zip(units, splits, strict=True) if unit in changed)
+
+
+def test_the_smallest_unit_is_moved() -> None:
+    splits, moved = every_label_in(np.array(list("vvvvtv")), list("aaabbb"), [0, 0, 1, 2, 3, 4], "t")
+    assert ("".join(splits), moved) == ("vvtvtv", ["a"])
+    assert every_label_in(splits, list("aaabbb"), [0, 0, 1, 2, 3, 4], "t")[1] == []

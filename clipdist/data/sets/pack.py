@@ -18,7 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clipdist.data.sets.recode import ImageOptions, UnusableImage, recode_all
+import xxhash
+
+from clipdist.data.sets.recode import ImageOptions, ImageSource, UnusableImage, recode_all
 from clipdist.data.sets.writer import ShardSetWriter
 from clipdist.data.shards import write_atomically
 from clipdist.errors import UserError, disk_errors
@@ -36,7 +38,7 @@ class Pair:
     """One image with its captions. `fields` (label, unit, source, anything JSON) is stored beside the captions."""
 
     key: str
-    image: Path | bytes
+    image: ImageSource
     text: list[str]
     fields: dict[str, Any] = field(default_factory=dict)
     row: int | None = None  # where it came from: data row of a table, the first being 1
@@ -66,7 +68,8 @@ class Rejected:
 
 @dataclass(frozen=True)
 class PackSummary:
-    """What a packing made. `units` is empty when no pair names one; `straddling` counts units in several splits."""
+    """What a packing made. `units` is empty when no pair names one; `straddling` counts units in several splits;
+    `left_out` counts sound pairs that were not wanted."""
 
     folder: Path
     samples: dict[str, int]
@@ -75,6 +78,7 @@ class PackSummary:
     units: dict[str, int]
     straddling: int
     rejected: list[Rejected]
+    left_out: int = 0
 
     @property
     def total(self) -> int:
@@ -99,7 +103,7 @@ class PackSummary:
             )
         if self.straddling:
             lines.append(f"warning: {_counted(self.straddling, 'unit')} in more than one split; scores would leak")
-        given = self.total + len(self.rejected)
+        given = self.total + len(self.rejected) + self.left_out
         if self.rejected:
             share = len(self.rejected) / given
             lines.append(f"rejected: {len(self.rejected):,} of {given:,} ({share:.2%}), see {self.folder / REJECTED}")
@@ -125,6 +129,8 @@ def pack_pairs(
     seed: int = 0,
     shuffle: bool = True,
     rejected: Sequence[Rejected] = (),
+    left_out: int = 0,
+    beside: Mapping[str, bytes] | None = None,
     max_rejected_fraction: float = 0.05,
     quiet: bool = False,
 ) -> PackSummary:
@@ -135,7 +141,9 @@ def pack_pairs(
     process, as does packing that decodes nothing. Pairs without a caption, with a key that was there before, or with an
     image that is missing, damaged or too large are left out and listed in `folder/rejected.csv` (row, key, image,
     reason), after the ones given as `rejected`. Raises `UserError`, and leaves no manifest, when nothing is left, when
-    more than `max_rejected_fraction` of all pairs are rejected, and when the disk is full.
+    more than `max_rejected_fraction` of all pairs are rejected, and when the disk is full. All pairs are those given,
+    those rejected, and `left_out` that were found sound but not wanted. `beside` are further files of the set, by name;
+    the manifest's notes hold their checksums.
 
     As with any use of processes, a script that calls this with workers needs `if __name__ == "__main__":`.
     """
@@ -145,7 +153,7 @@ def pack_pairs(
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; expected a folder, or a name that is free")
     refused = Refused(folder, list(rejected), max_rejected_fraction)
-    refused.total = len(refused.found) + sum(map(len, pairs_by_split.values()))
+    refused.total = len(refused.found) + sum(map(len, pairs_by_split.values())) + left_out
     jobs = _usable(pairs_by_split, refused, seed, shuffle)
     tally = Tally(dict.fromkeys(pairs_by_split, 0))
     # Where nothing is decoded, handing images from process to process costs more than it saves.
@@ -179,9 +187,17 @@ def pack_pairs(
             refused.fail("nothing could be packed")
         refused.save()
         writer.manifest.notes["rejected"] = len(refused.found)
+        _write_beside(writer, beside or {})
     shards = {name: len(writer.manifest.splits.get(name, [])) for name in pairs_by_split}
     written = sum(shard.bytes for found in writer.manifest.splits.values() for shard in found)
-    return PackSummary(folder, tally.samples, shards, written, tally.units(), tally.straddling(), refused.found)
+    told = (tally.units(), tally.straddling(), refused.found, left_out)
+    return PackSummary(folder, tally.samples, shards, written, *told)
+
+
+def _write_beside(writer: ShardSetWriter, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        write_atomically(writer.folder / name, content)
+        writer.manifest.notes.setdefault("files", {})[name] = xxhash.xxh3_64_hexdigest(content)
 
 
 def needed(done: int, total: int, size: int) -> str:

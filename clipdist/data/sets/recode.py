@@ -3,7 +3,9 @@
 Light on purpose (Pillow and the standard library): every worker process imports it.
 """
 
+import errno
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -34,6 +36,30 @@ Check = Literal["decode", "header", "none"]
 
 class UnusableImage(Exception):
     """This image cannot be packed; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class FilePart:
+    """`size` bytes at `offset` of a file, such as a member of a tar, read where they lie; `name` is for people."""
+
+    path: Path
+    offset: int
+    size: int
+    name: str
+
+    def read_bytes(self) -> bytes:
+        """The bytes; `OSError` where the file has become shorter."""
+        with open(self.path, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), self.size, self.offset)
+        if len(data) != self.size:
+            raise OSError(errno.EIO, f"{self.path.name} ends early")
+        return data
+
+    def __str__(self) -> str:
+        return f"{self.path.name}:{self.name}"
+
+
+ImageSource = Path | bytes | FilePart
 
 
 @dataclass(frozen=True)
@@ -76,7 +102,7 @@ class ImageOptions:
         return self.check == "decode" or self.side is not None or self.format != "keep"
 
 
-def recode(source: Path | bytes, options: ImageOptions) -> tuple[bytes, str]:
+def recode(source: ImageSource, options: ImageOptions) -> tuple[bytes, str]:
     """The bytes to store and their extension; `UnusableImage` when the file is missing, damaged or too large."""
     data = source if isinstance(source, bytes) else _read(source)
     if not data:
@@ -97,7 +123,7 @@ def recode(source: Path | bytes, options: ImageOptions) -> tuple[bytes, str]:
             raise UnusableImage(f"unreadable image: {type(error).__name__}: {error}") from None
 
 
-def recode_all(sources: list[Path | bytes], options: ImageOptions) -> list[tuple[bytes, str] | UnusableImage]:
+def recode_all(sources: list[ImageSource], options: ImageOptions) -> list[tuple[bytes, str] | UnusableImage]:
     """`recode` of each source, in order; what is unusable is returned, not raised. What worker processes run."""
     results: list[tuple[bytes, str] | UnusableImage] = []
     for source in sources:
@@ -108,9 +134,11 @@ def recode_all(sources: list[Path | bytes], options: ImageOptions) -> list[tuple
     return results
 
 
-def _read(path: Path) -> bytes:
+def _read(source: Path | FilePart) -> bytes:
     try:
-        with open(path, "rb", buffering=0) as file:
+        if isinstance(source, FilePart):
+            return source.read_bytes()
+        with open(source, "rb", buffering=0) as file:
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise UnusableImage("missing image file") from None

@@ -7,7 +7,7 @@ import io
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import xxhash
@@ -45,7 +45,7 @@ def index_tar(path: Path) -> IndexedTar:
     """
     samples = _Samples(path)
     with open(path, "rb") as file:
-        source = _Hashed(file)
+        source = HashedFile(file)
         try:
             if path.name.endswith(".zst"):
                 _read_frames(source, samples)
@@ -64,11 +64,12 @@ def index_tar(path: Path) -> IndexedTar:
     return IndexedTar(records, samples.keys, source.hasher.hexdigest())
 
 
-class _Hashed:
-    """A file that is read forward only; each byte counts into `hasher`, also those sought over."""
+class HashedFile:
+    """A file that is read forward only; each byte counts into `hasher` (xxh3-64 unless another is given), also those
+    sought over."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self.hasher, self.position = file, xxhash.xxh3_64(), 0
+    def __init__(self, file: BinaryIO, hasher: Any = None) -> None:
+        self._file, self.hasher, self.position = file, xxhash.xxh3_64() if hasher is None else hasher, 0
         self.last = b""
 
     def read(self, size: int) -> bytes:
@@ -185,7 +186,7 @@ def _kind(extension: str) -> str | None:
     return {"json": "json", "txt": "text"}.get(extension.lower())
 
 
-def _read_members(source: _Hashed, size: int, samples: _Samples, *, frame: bool = False) -> bool:
+def _read_members(source: HashedFile, size: int, samples: _Samples, *, frame: bool = False) -> bool:
     """Adds the members of a tar of `size` bytes. Returns whether it ends with a block of zeros, as all but a frame's
     must."""
     with tarfile.open(fileobj=source, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:  # type: ignore[call-overload]
@@ -203,7 +204,7 @@ def _read_members(source: _Hashed, size: int, samples: _Samples, *, frame: bool 
     return ended
 
 
-def _read_frames(source: _Hashed, samples: _Samples) -> None:
+def _read_frames(source: HashedFile, samples: _Samples) -> None:
     ended = False
     for offset, size, data in _frames(source, samples):
         if data.count(0) == len(data):
@@ -214,7 +215,7 @@ def _read_frames(source: _Hashed, samples: _Samples) -> None:
         samples.enter_frame(offset, size)
         before = len(samples.keys)
         try:
-            ended = _read_members(_Hashed(io.BytesIO(data)), len(data), samples, frame=True)
+            ended = _read_members(HashedFile(io.BytesIO(data)), len(data), samples, frame=True)
         except tarfile.TarError as error:
             raise samples.refuse(
                 f"no random access: the frame at byte {offset} holds a part of a tar ({error})"
@@ -227,7 +228,7 @@ def _read_frames(source: _Hashed, samples: _Samples) -> None:
         raise tarfile.ReadError(f"no end at byte {source.position}")
 
 
-def _frames(source: _Hashed, samples: _Samples) -> Iterator[tuple[int, int, bytes]]:
+def _frames(source: HashedFile, samples: _Samples) -> Iterator[tuple[int, int, bytes]]:
     """(offset, size, decompressed bytes) of each Zstandard frame; skippable ones are skipped."""
     buffer, offset = b"", 0
     while True:
@@ -248,7 +249,7 @@ def _frames(source: _Hashed, samples: _Samples) -> Iterator[tuple[int, int, byte
         offset += size
 
 
-def _frame(source: _Hashed, buffer: bytes, offset: int, samples: _Samples) -> tuple[int, bytes, bytes]:
+def _frame(source: HashedFile, buffer: bytes, offset: int, samples: _Samples) -> tuple[int, bytes, bytes]:
     """(size, decompressed bytes, what was read beyond) of the frame with which `buffer` begins."""
     content = zstandard.frame_content_size(buffer)
     if content < 0:

@@ -48,6 +48,12 @@ def made_by(command: list[str] | None = None) -> dict[str, Any]:
     return {"command": shlex.join(command or sys.argv), "versions": {"clipdist": __version__, **versions}}
 
 
+def check_free(folder: Path, overwrite: bool) -> None:
+    """`UserError` where `folder` holds a shard set that must stay; worth asking before a long preparation."""
+    if (folder / MANIFEST).exists() and not overwrite:
+        raise UserError(f"{folder}: already holds a shard set; choose another folder or pass --overwrite")
+
+
 class ShardSetWriter:
     """Writes a shard set into `folder`; a context manager. On a clean exit the manifest is written, last.
 
@@ -90,8 +96,7 @@ class ShardSetWriter:
     def _clear(self) -> None:
         """An empty folder, marked as unfinished; what other tools put there stays."""
         manifest, unfinished = self.folder / MANIFEST, self.folder / UNFINISHED
-        if manifest.exists() and not self.overwrite:
-            raise UserError(f"{self.folder}: already holds a shard set; choose another folder or pass --overwrite")
+        check_free(self.folder, self.overwrite)
         self.folder.mkdir(parents=True, exist_ok=True)
         leftovers = sorted(path for path in self.folder.iterdir() if _is_ours(path))
         named = _named_files(manifest)

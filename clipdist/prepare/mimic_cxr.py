@@ -25,6 +25,7 @@ from clipdist.data.sets.pack import SPLIT_NAME, Pair, Rejected
 from clipdist.data.sets.tables import check_columns, key_from, read_table
 from clipdist.data.shards import checksum_file
 from clipdist.errors import UserError
+from clipdist.prepare.dicom import require_pydicom
 from clipdist.prepare.radiology_reports import CAPTIONS, LAST_PARAGRAPH, MIN_TOKENS, report_captions
 from clipdist.prepare.report_text import UnusableReport, decoded
 from clipdist.progress import progress
@@ -110,6 +111,8 @@ def read_mimic_cxr(
             )
         ]
     pairs = [one for one in made if isinstance(one, Pair)]
+    if any(Path(str(pair.image)).suffix == ".dcm" for pair in pairs):
+        require_pydicom()  # said now, rather than by a process that decodes
     for pair in pairs:
         pair.fields.update(labels_of.get(pair.fields["study"], {}))
     notes = {

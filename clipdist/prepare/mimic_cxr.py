@@ -123,7 +123,7 @@ def read_mimic_cxr(
         "sections": list(options.sections),
         "min_tokens": options.min_tokens,
         "studies": len({pair.fields["study"] for pair in pairs}),
-        "captions": dict(sum((Counter(pair.fields["sections"]) for pair in pairs), Counter())),
+        "captions": dict(Counter(name for pair in pairs for name in pair.fields["sections"])),
         "without_labels": sum(pair.fields["study"] not in labels_of for pair in pairs) if labels_of else None,
     }
     rejected = [one for one in made if isinstance(one, Rejected)]

@@ -37,7 +37,7 @@ programs made for it run on them, and are of no medical use whatsoever.
 
 
 def write_mimic_cxr_layout(
-    folder: Path, patients: int = 400, *, side: int = SIDE, seed: int = 0, per_class: int = 25, quiet: bool = False
+    folder: Path, patients: int = 400, *, side: int = SIDE, seed: int = 0, per_class: int = 50, quiet: bool = False
 ) -> Path:
     """A folder as the two data sets of PhysioNet leave it; returns it. It appears whole or not at all.
 

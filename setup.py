@@ -43,6 +43,8 @@ REQUIRED = [
 
 PATHOLOGY = ["openslide-python>=1.4", "openslide-bin>=4.0", "tifffile>=2024.8", "pypdf>=5.0"]
 
+RADIOLOGY = ["pydicom>=3.0"]
+
 EXTRAS = {
     "dev": [
         "pytest>=8.0",
@@ -59,6 +61,7 @@ EXTRAS = {
         "moto[server]>=5.0",
         "open_clip_torch>=3.0",  # whose models the tests compare with
         *PATHOLOGY,
+        *RADIOLOGY,
         "imagecodecs>=2024.6",  # without it tifffile writes no JPEG tiles, of which phantom slides consist
         "scikit-image>=0.24",  # carries a photograph of stained tissue
     ],
@@ -68,6 +71,7 @@ EXTRAS = {
     "gcs": ["gcsfs>=2024.6"],
     # Slides (OpenSlide in a wheel of its own makers; tifffile, which finds their JPEG tiles) and reports as PDF.
     "pathology": PATHOLOGY,
+    "radiology": RADIOLOGY,  # radiographs in DICOM
     "emoji": ["resvg-py>=0.2"],  # draws the SVG icons of shards/emoji.py
 }
 

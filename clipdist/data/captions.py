@@ -9,8 +9,9 @@ from clipdist.settings import Share, settings
 
 CaptionChoice = Literal["random", "first", "sentence"]
 
-# A full stop between digits ("3.5 mm") or after a single letter ("B. Smith") ends no sentence.
-SENTENCE_END = re.compile(r"(?<=[.!?;])(?<!\b\w\.)\s+(?=\S)")
+# A full stop between digits ("3.5 mm"), after a single letter or digit ("B. Smith", "2. Edema") or after the
+# abbreviation of a title ("Dr. Smith") or of versus ends no sentence.
+SENTENCE_END = re.compile(r"(?<=[.!?;])(?<!\b\w\.)(?<!\b(?:[DM]r|Ms|vs)\.)(?<!\bMrs\.)\s+(?=\S)")
 
 
 @settings

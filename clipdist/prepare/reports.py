@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clipdist.errors import UserError
+from clipdist.prepare.report_text import BULLET, UnusableReport, decoded, items
 
 # Headings of a diagnosis, the plainest first: where a report has several, the first of this list that it has counts.
 DIAGNOSIS = (
@@ -28,7 +29,6 @@ _STOP = re.compile(_HEADING.format("|".join((*OTHERS, *DIAGNOSIS))), re.IGNORECA
 _STARTS = [re.compile(_HEADING.format(pattern), re.IGNORECASE) for pattern in DIAGNOSIS]
 # Not the end of "1." before what it numbers, nor a point in a number; a colon or semicolon that ends a line does.
 _SENTENCE = re.compile(r"(?<=[.;:])(?<!\b\d[.])(?<!\b[A-Z][.])\s+(?=\S)")
-_BULLET = re.compile(r"^\s*(?:(?:\(?[A-Z0-9]{1,2}[.):]|[-*•–])\s+)+")
 
 # What says in which way tissue is diseased: entity -> how reports of the breast write it.
 ENTITIES = {
@@ -47,7 +47,7 @@ _TELLING = re.compile(
 _DENIED = re.compile(r"\b(?:no|not|negative|without|free\s+of|absent|uninvolved|benign\s+lymph)\b", re.IGNORECASE)
 
 
-class NoDiagnosis(ValueError):
+class NoDiagnosis(UnusableReport):
     """A report from which no diagnosis can be had; the message says why."""
 
 
@@ -59,11 +59,7 @@ def read_report(path: Path) -> str:
     """
     try:
         if path.suffix.lower() != ".pdf":
-            data = path.read_bytes()
-            try:
-                return data.decode("utf-8-sig")
-            except UnicodeDecodeError:
-                return data.decode("cp1252", errors="replace")
+            return decoded(path.read_bytes())
         text = _pdf_text(path)
     except FileNotFoundError:
         raise NoDiagnosis("missing report") from None
@@ -97,9 +93,9 @@ def diagnosis_sentences(section: str) -> list[str]:
     What a sentence denies ("negative for carcinoma") is left out too: no tile shows it. Raises `NoDiagnosis` for none.
     """
     found: dict[str, str] = {}
-    for line in _lines(section):
+    for line in items(section):
         for part in _SENTENCE.split(line):
-            sentence = " ".join(_BULLET.sub("", part).split()).strip(" ;:-")
+            sentence = " ".join(BULLET.sub("", part).split()).strip(" ;:-")
             if _TELLING.search(sentence) and not _DENIED.search(sentence) and len(sentence.split()) > 1:
                 found.setdefault(sentence.rstrip(".").lower(), sentence)
     if not found:
@@ -121,19 +117,6 @@ def _headings(text: str) -> list[tuple[int, int]]:
         if word.isupper() or own_line:
             found.append((match.start(), match.end()))
     return found
-
-
-def _lines(section: str) -> list[str]:
-    """Lines of one item each: a line that begins no item, and follows one without an end mark, goes on with it."""
-    lines: list[str] = []
-    for line in section.splitlines():
-        if not line.strip():
-            lines.append("")
-        elif lines and lines[-1] and not _BULLET.match(line) and lines[-1].rstrip()[-1] not in ".:;":
-            lines[-1] += " " + line.strip()
-        else:
-            lines.append(line)
-    return lines
 
 
 def _pdf_text(path: Path) -> str:

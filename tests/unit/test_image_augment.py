@@ -18,6 +18,8 @@ EVERYTHING = AugmentConfig(
     flip_vertical=0.5,
     quarter_turns=True,
     rotate_degrees=20,
+    translate=0.1,
+    scale=(0.9, 1.1),
     brightness=0.3,
     contrast=0.3,
     saturation=0.3,
@@ -99,6 +101,8 @@ def test_half_the_images_flip_when_the_probability_is_half() -> None:
         {"greyscale": 1.0},
         {"invert": 1.0},
         {"blur": 1.0},
+        {"translate": 0.2},
+        {"scale": (0.7, 0.8)},
         {"noise": 20.0},
         {"poisson": 5.0},
         {"speckle": 0.3},
@@ -204,6 +208,56 @@ def test_corners_of_a_turned_image_have_the_borders_colour() -> None:
     assert np.abs(pixels[[0, 0, -1, -1], [0, -1, 0, -1]] - (10, 60, 90)).max() <= 1
 
 
+def test_a_turn_is_as_pillow_makes_it() -> None:
+    pixels = np.asarray(smooth(48, 48))
+    for seed in range(4):
+        angle = (2 * drawn(seed, "rotate") - 1) * 30
+        expected = Image.fromarray(pixels).rotate(
+            angle, Image.Resampling.BILINEAR, fillcolor=tuple(pixels[0, 0].tolist())
+        )
+        assert np.abs(changed(pixels, seed, rotate_degrees=30.0) - np.asarray(expected)).max() <= 1
+
+
+def test_moved_as_in_torchvision() -> None:
+    """Within the picture; torchvision counts angles clockwise and rounds shifts to whole pixels."""
+    pixels = np.asarray(smooth(64, 64))
+    for seed in range(6):
+        shift = [(2 * drawn(seed, f"translate_{way}") - 1) * 0.1 * 64 for way in ("right", "down")]
+        factor, angle = 0.9 + 0.2 * drawn(seed, "scale"), (2 * drawn(seed, "rotate") - 1) * 20
+        found = changed(pixels, seed, rotate_degrees=20.0, translate=0.1, scale=(0.9, 1.1))
+        moved = tv.affine(
+            tv.to_image(pixels.copy()),
+            -angle,
+            [round(one) for one in shift],
+            factor,
+            [0.0, 0.0],
+            tv.InterpolationMode.BILINEAR,
+        )
+        middle = slice(20, 44)
+        difference = np.abs(found - moved.permute(1, 2, 0).numpy().astype(int))[middle, middle]
+        assert difference.mean() < 2.5, "half a pixel of waves as broad as these"
+        still = np.abs(found - pixels.astype(int))[middle, middle]
+        assert still.mean() > 2 * difference.mean()
+
+
+def test_a_shift_leaves_the_corners_colour_behind() -> None:
+    pixels = np.full((50, 50, 3), 200, np.uint8)
+    pixels[0, 0] = (10, 60, 90)
+    for seed in range(4):
+        right = round((2 * drawn(seed, "translate_right") - 1) * 0.4 * 50)
+        found = changed(pixels, seed, translate=0.4)
+        uncovered = found[25, : right - 1] if right > 0 else found[25, 50 + right + 1 :]
+        assert (uncovered == (10, 60, 90)).all()
+        assert (found == 200).all(axis=2).any()
+
+
+def test_how_strong_a_blur_may_be() -> None:
+    pixels = np.asarray(picture(5, (60, 60)))
+    spread = [changed(pixels, 1, blur=1.0, blur_sigma=(sigma, sigma)).std() for sigma in (0.1, 1.5, 3.0)]
+    assert spread == sorted(spread, reverse=True)
+    assert np.array_equal(changed(pixels, 1, blur=1.0), changed(pixels, 1, blur=1.0, blur_sigma=(0.1, 1.5)))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -212,6 +266,10 @@ def test_corners_of_a_turned_image_have_the_borders_colour() -> None:
         {"quarter_turns": 0.3},
         {"blur": -0.1},
         {"noise": -1.0},
+        {"translate": 1.0},
+        {"scale": (1.1, 0.9)},
+        {"scale": (0.0, 1.0)},
+        {"blur_sigma": (2.0, 1.0)},
         {"poisson": -1.0},
         {"speckle": -1.0},
         {"crop_area": (0.9, 0.8)},

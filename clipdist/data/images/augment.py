@@ -13,7 +13,6 @@ from clipdist.settings import settings
 
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
-_MOST_BLUR = 1.5
 
 
 def _rising(pair: tuple[float, float]) -> tuple[float, float]:
@@ -48,7 +47,12 @@ class AugmentConfig:
     quarter_turns: bool = False
     """Turns by 0, 90, 180 or 270 degrees, each equally likely."""
     rotate_degrees: Amount = 0.0
-    """Largest rotation either way; corners are filled with the colour of the picture's own corner."""
+    """Largest rotation either way; corners are filled with the colour of the picture's own corner, as is what a shift
+    or a smaller scale uncovers."""
+    translate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Largest shift either way, of each axis, as a share of the picture's side."""
+    scale: Annotated[tuple[Ratio, Ratio], AfterValidator(_rising)] = (1.0, 1.0)
+    """Factor of enlargement about the centre, smallest and largest."""
     brightness: Amount = 0.0
     """Factor is drawn from 1 ± this; likewise contrast (about the picture's mean grey) and saturation."""
     contrast: Amount = 0.0
@@ -59,7 +63,9 @@ class AugmentConfig:
     invert: Probability = 0.0
     """Probability of a photographic negative."""
     blur: Probability = 0.0
-    """Probability of a Gaussian blur, sigma 0.1 to 1.5 pixels."""
+    """Probability of a Gaussian blur."""
+    blur_sigma: Annotated[tuple[Amount, Amount], AfterValidator(_rising)] = (0.1, 1.5)
+    """Of the blur, in pixels of the model's side, smallest and largest."""
     noise: Amount = 0.0
     """Largest standard deviation of Gaussian noise, in grey levels of 255."""
     poisson: Amount = 0.0
@@ -73,6 +79,7 @@ class AugmentConfig:
         """Of the keys that make an image another one each time, the values that would not."""
         amounts = (
             "rotate_degrees",
+            "translate",
             "brightness",
             "contrast",
             "saturation",
@@ -83,14 +90,15 @@ class AugmentConfig:
             "speckle",
         )
         sometimes = ("flip_horizontal", "flip_vertical", "greyscale", "invert")
-        found = {} if self.crop_area == (1.0, 1.0) else {"crop_area": "[1, 1]"}
+        found = {key: "[1, 1]" for key in ("crop_area", "scale") if getattr(self, key) != (1.0, 1.0)}
         found |= {key: "0" for key in sometimes if 0 < getattr(self, key) < 1}
         found |= {"quarter_turns": "false"} if self.quarter_turns else {}
         return found | {key: "0" for key in amounts if getattr(self, key)}
 
 
 class Choices(NamedTuple):
-    """Every random choice about an image: numbers from 0 to 1, and the seed of its noise."""
+    """Every random choice about an image: numbers from 0 to 1, and the seed of its noise. New ones come last, so that
+    the others stay what they were for the same seed."""
 
     area: float
     ratio: float
@@ -112,25 +120,28 @@ class Choices(NamedTuple):
     poisson: float
     speckle: float
     noise_seed: int
+    scale: float
+    translate_right: float
+    translate_down: float
 
 
 def draw_choices(draw: np.random.Generator) -> Choices:
     """Always the same number of draws, whatever the recipe switches on."""
-    return Choices._make([*draw.random(len(Choices._fields) - 1).tolist(), int(draw.integers(1 << 62))])
+    numbers = Choices._fields.index("noise_seed")
+    first = [*draw.random(numbers).tolist(), int(draw.integers(1 << 62))]
+    return Choices._make([*first, *draw.random(len(Choices._fields) - len(first)).tolist()])
 
 
 def augment_in_place(pixels: np.ndarray, choices: Choices, augment: AugmentConfig, orientation: int = 1) -> np.ndarray:
     """Changes square uint8 pixels [side, side, 3] as drawn, and returns them. Stored pixels are made upright first, as
     their EXIF orientation asks: on the small square that costs least."""
     _turn(pixels, choices, augment, orientation)
-    if augment.rotate_degrees:
-        angle = (2 * choices.rotate - 1) * augment.rotate_degrees
-        picture = Image.fromarray(pixels)
-        corner = tuple(pixels[0, 0].tolist())
-        pixels[...] = np.asarray(picture.rotate(angle, Image.Resampling.BILINEAR, fillcolor=corner))
+    if augment.rotate_degrees or augment.translate or augment.scale != (1.0, 1.0):
+        _move(pixels, choices, augment)
     _recolour(pixels, choices, augment)
     if choices.blur < augment.blur:
-        sigma = 0.1 + (_MOST_BLUR - 0.1) * choices.blur_sigma
+        least, most = augment.blur_sigma
+        sigma = least + (most - least) * choices.blur_sigma
         pixels[...] = np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(sigma)))
     if augment.noise or augment.poisson or augment.speckle:
         _add_noise(pixels, choices, augment)
@@ -148,6 +159,29 @@ def _turn(pixels: np.ndarray, choices: Choices, augment: AugmentConfig, orientat
         turned = np.rot90(turned, int(4 * choices.quarter_turns))
     if turned.strides != cells.strides:
         cells[...] = turned.copy()
+
+
+def _move(pixels: np.ndarray, choices: Choices, augment: AugmentConfig) -> None:
+    """Turned and scaled about the centre, then shifted: one resampling for all."""
+    angle = math.radians((2 * choices.rotate - 1) * augment.rotate_degrees)
+    factor = augment.scale[0] + (augment.scale[1] - augment.scale[0]) * choices.scale
+    side, most = len(pixels), len(pixels) * augment.translate
+    shift_x, shift_y = (most * (2 * choice - 1) for choice in (choices.translate_right, choices.translate_down))
+    cosine, sine = math.cos(angle) / factor, math.sin(angle) / factor
+    # Where each pixel comes from: Pillow asks for the inverse. Counter-clockwise, as Image.rotate turns.
+    across, down = side / 2 + shift_x, side / 2 + shift_y
+    matrix = (
+        cosine,
+        -sine,
+        side / 2 - cosine * across + sine * down,
+        sine,
+        cosine,
+        side / 2 - sine * across - cosine * down,
+    )
+    corner = tuple(pixels[0, 0].tolist())
+    picture = Image.fromarray(pixels)
+    moved = picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=corner)
+    pixels[...] = np.asarray(moved)
 
 
 def _recolour(pixels: np.ndarray, choices: Choices, augment: AugmentConfig) -> None:

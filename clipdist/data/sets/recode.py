@@ -1,6 +1,6 @@
 """One image file's bytes -> the bytes to store: verified as asked, resized and re-encoded only where asked.
 
-Light on purpose (Pillow and the standard library): every worker process imports it.
+Light on purpose (Pillow and the standard library): every worker process imports it. DICOM needs pydicom besides.
 """
 
 import errno
@@ -67,7 +67,8 @@ class ImageOptions:
     """How images are stored.
 
     `side`: a shorter side above this becomes exactly this, antialiased, aspect kept; smaller images stay as they are.
-    `format`: `keep` stores the format that came (JPEG, PNG, WebP, TIFF, BMP, GIF; anything else becomes PNG).
+    `format`: `keep` stores the format that came (JPEG, PNG, WebP, TIFF, BMP, GIF; anything else becomes PNG, DICOM too,
+    at the grey levels of its first window).
     `quality`: of JPEG and WebP. `max_pixels`: larger images are refused before they are decoded.
 
     An image that needs neither resizing nor another format keeps its bytes, metadata included. One that is encoded
@@ -112,7 +113,7 @@ def recode(source: ImageSource, options: ImageOptions) -> tuple[bytes, str]:
     with unlimited_pillow():
         try:
             return _recode(data, options)
-        except UnusableImage:
+        except (UnusableImage, UserError):
             raise
         except Image.UnidentifiedImageError:
             # Pillow's own message holds an address in memory.
@@ -165,9 +166,8 @@ def _check_size(width: int, height: int, options: ImageOptions) -> None:
 
 
 def _recode(data: bytes, options: ImageOptions) -> tuple[bytes, str]:
-    image: Image.Image = Image.open(io.BytesIO(data))
+    image = _opened(data, options)
     width, height = image.size
-    _check_size(width, height, options)
     stored = STORED_AS_IT_IS.get(image.format or "")
     resize = options.side is not None and min(width, height) > options.side
     if not resize and stored and options.format in ("keep", stored):
@@ -203,6 +203,20 @@ def _recode(data: bytes, options: ImageOptions) -> tuple[bytes, str]:
     parameters = {} if extension == "png" else {"quality": options.quality}
     image.save(buffer, ENCODERS[extension], **parameters)
     return buffer.getvalue(), extension
+
+
+def _opened(data: bytes, options: ImageOptions) -> Image.Image:
+    """Not decoded yet, but for DICOM, of which only 8-bit grey is left."""
+    if data[128:132] == b"DICM":
+        from clipdist.prepare.dicom import UnusableDicom, dicom_picture
+
+        try:
+            return dicom_picture(data, options.max_pixels)
+        except UnusableDicom as error:
+            raise UnusableImage(str(error)) from None
+    image: Image.Image = Image.open(io.BytesIO(data))
+    _check_size(*image.size, options)
+    return image
 
 
 def _plain(image: Image.Image, *, opaque: bool) -> Image.Image:

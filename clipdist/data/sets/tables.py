@@ -18,7 +18,7 @@ from clipdist.data.sets.pack import SPLIT_NAME, Pair, Rejected
 from clipdist.errors import UserError
 
 TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".parquet", ".xlsx")
-IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
+IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".dcm"})
 # How a number is written when nothing is lost by reading it as one: no leading zeros, no exponent.
 INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
 NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d{1,15})?")

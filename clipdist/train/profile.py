@@ -96,10 +96,9 @@ class Profile:
 @contextmanager
 def observed(trainer: Trainer, watch: Stopwatch) -> Iterator[None]:
     """Has the trainer's own towers, loss, engine and optimiser pass by the stopwatch."""
-    model, engine, criterion = trainer.model, trainer.engine, trainer.criterion
+    engine = trainer.engine
     places: list[tuple[Any, str, str]] = [
-        (model, "encode_image", "image tower"),
-        (model, "encode_text", "text tower"),
+        *trainer.objective.timed(trainer.model),
         (engine, "backward", "backward"),
         (engine, "gradient_norms", "optimiser"),
         (engine, "update", "optimiser"),
@@ -107,16 +106,14 @@ def observed(trainer: Trainer, watch: Stopwatch) -> Iterator[None]:
     before = [vars(owner).get(name) for owner, name, _ in places]
     for owner, name, part in places:
         setattr(owner, name, watch.timed(part, getattr(owner, name)))
-    trainer.criterion = watch.timed("loss", criterion)  # type: ignore[assignment]
     try:
         yield
     finally:
-        trainer.criterion = criterion
         for (owner, name, _), own in zip(places, before, strict=True):
             if own is None:
                 delattr(owner, name)  # the method of its class shows again
             else:
-                setattr(owner, name, own)  # an engine's
+                setattr(owner, name, own)  # an engine's, or an objective's
 
 
 def measure(trainer: Trainer, steps: int, trace: Path | None = None) -> list[Profile]:

@@ -154,13 +154,39 @@ def calibration_scores(
     return CalibrationScores(found["ece"], found["nll"], found["brier"], len(label_Q), shown)
 
 
-def calibration_table(before: CalibrationScores, after: CalibrationScores | None, temperature: float | None) -> str:
+def calibrated(
+    logits_NC: np.ndarray,
+    label_N: np.ndarray | Sequence[int],
+    T: float,
+    *,
+    fitted_on: str,
+    at_bound: bool,
+    tolerance: float = TIE_TOLERANCE,
+    **resampled: Any,
+) -> tuple[dict[str, Any], str]:
+    """(as JSON, as a table) the probabilities as they are, and of logits divided by `T`, which was fitted on the split
+    `fitted_on`; `at_bound` says that nothing could be fitted there. `resampled`: as `calibration_scores` takes it."""
+    before = calibration_scores(logits_NC, label_N, tolerance=tolerance, **resampled)
+    after = calibration_scores(logits_NC / T, label_N, tolerance=tolerance / T, **resampled)
+    body = {
+        "fitted_on": fitted_on,
+        "divided_by": T,
+        "at_bound": at_bound,
+        "as_trained": before.to_dict(),
+        "scaled": after.to_dict(),
+    }
+    return body, calibration_table(before, after, T, at_bound)
+
+
+def calibration_table(
+    before: CalibrationScores, after: CalibrationScores | None, temperature: float | None, at_bound: bool = False
+) -> str:
     """Plain text: the probabilities as they are, and after temperature scaling."""
     rows = [["calibration", "rows", "ECE", "NLL", "Brier"]]
     for name, one in (("as trained", before), (f"divided by T = {temperature or 1:.3g}", after)):
         if one is not None:
             rows.append([f"  {name}", f"{one.rows:,}", *(cell(score) for score in (one.ece, one.nll, one.brier))])
-    at_bound = temperature is not None and not BOUNDS[0] < temperature < BOUNDS[1]
+    at_bound = at_bound or (temperature is not None and not BOUNDS[0] < temperature < BOUNDS[1])
     return "\n".join([*aligned(rows), *([AT_BOUND] if at_bound else [])])
 
 

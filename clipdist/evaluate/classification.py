@@ -164,6 +164,25 @@ def classification_scores(
     )
 
 
+def confused_classes(scores: ClassificationScores, most: int = 20) -> list[dict[str, Any]]:
+    """The pairs of classes most of whose rows are mistaken, the most first: the class, what it was taken for, how many
+    of its rows were, and how many it has. Of equally many, the classes' order decides."""
+    wrong_CC = np.array(scores.confusion_CC)
+    np.fill_diagonal(wrong_CC, 0)
+    order = np.argsort(-wrong_CC, axis=None, kind="stable")[:most]
+    names = scores.classes
+    return [
+        {
+            "class": names[i],
+            "taken_for": names[j],
+            "rows": int(wrong_CC[i, j]),
+            "of": scores.counts[i],
+        }
+        for i, j in zip(*(place.tolist() for place in np.unravel_index(order, wrong_CC.shape)), strict=True)
+        if wrong_CC[i, j]
+    ]
+
+
 def ranks_and_decisions(
     logits_QC: np.ndarray, label_Q: np.ndarray, tolerance: float = TIE_TOLERANCE
 ) -> tuple[np.ndarray, np.ndarray]:

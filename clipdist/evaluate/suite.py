@@ -141,24 +141,23 @@ class Suite:
         label_N: np.ndarray,
         tolerance: float,
     ) -> Part:
-        from clipdist.evaluate.calibration import BOUNDS, calibration_scores, calibration_table, fit_temperature
+        from clipdist.evaluate.calibration import BOUNDS, calibrated, fit_temperature
         from clipdist.evaluate.zero_shot import class_logits, labels_of
 
         held = self._embedded(split)
         T = fit_temperature(
             class_logits(held.image_features_ND, class_CD, self.scale), labels_of(held.fields, by, classes)[0]
         )
-        before = calibration_scores(logits_NC, label_N, tolerance=tolerance, **self._resampled())
-        after = calibration_scores(logits_NC / T, label_N, tolerance=tolerance / T, **self._resampled())
-        body = {
-            "fitted_on": split,
-            "divided_by": T,
-            "temperature": T / self.scale,
-            "at_bound": not BOUNDS[0] < T < BOUNDS[1],
-            "as_trained": before.to_dict(),
-            "scaled": after.to_dict(),
-        }
-        return Part("calibration", body, calibration_table(before, after, T))
+        body, table = calibrated(
+            logits_NC,
+            label_N,
+            T,
+            fitted_on=split,
+            at_bound=not BOUNDS[0] < T < BOUNDS[1],
+            tolerance=tolerance,
+            **self._resampled(),
+        )
+        return Part("calibration", {**body, "temperature": T / self.scale}, table)
 
     def probe(self) -> Part:
         from clipdist.evaluate.probe import label_matrix, probe_scores, probe_table

@@ -12,8 +12,9 @@ from transformers import AutoConfig
 
 from clipdist.data.text import Tokenizer, train_wordpiece
 from clipdist.errors import UserError
+from clipdist.model.classifier import Classifier, ClassifyConfig
 from clipdist.model.dual_encoder import DualEncoder, ModelConfig
-from clipdist.model.published import start_from
+from clipdist.model.published import start_from, start_image_from
 from clipdist.model.tower_model import TowerModel
 from clipdist.model.towers import ImageTower, TextTower, resolve, text_source
 
@@ -46,6 +47,23 @@ def build_model(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> DualEnc
     if config.init:
         start_from(model, config.init)
     return model
+
+
+def build_classifier(config: ModelConfig, classify: ClassifyConfig, classes: int, seed: int) -> Classifier:
+    """As `build_model`; of a published dual encoder it takes the image tower."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        image = ImageTower(config.image)
+        model = Classifier(config, image, classes=classes, dropout=classify.dropout)
+    if config.init:
+        start_image_from(image, config.init)
+    return model
+
+
+def rebuild_classifier(config: ModelConfig, classify: ClassifyConfig, classes: int) -> Classifier:
+    """An untrained model of the right shape for saved weights; asks no hub."""
+    image = ImageTower(config.image, load_pretrained=False)
+    return Classifier(config, image, classes=classes, dropout=classify.dropout)
 
 
 def rebuild_model(config: ModelConfig, tokenizer: Tokenizer, text_config: Path) -> DualEncoder:

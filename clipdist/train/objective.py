@@ -96,6 +96,8 @@ class Objective(ABC):
 
     what: ClassVar[str]
     """What the rows of a batch are, in messages."""
+    absent_parts: ClassVar[tuple[str, ...]] = ()
+    """Parts of a step, as a profile tells them apart, that there are not."""
     criterion: Any
     """The loss."""
 

@@ -83,12 +83,13 @@ class Profile:
 
     steps: int
     parts: dict[str, float]
-    """Of each of `PARTS`; they add up to `step_seconds`."""
+    """Of each of `PARTS` that there is; they add up to `step_seconds`."""
     step_seconds: float
     plain_seconds: float
     """Of a step that nothing looks into, as training runs them."""
     pairs_per_second: float
     """Over all processes, by the plain steps."""
+    what: str = "pairs"
     figures: dict[str, float] = field(default_factory=dict)
     """Metrics of these steps: memory, arithmetic and communication."""
 
@@ -194,10 +195,10 @@ def _record(trainer: Trainer, batches: Iterator[Batch], watch: Stopwatch, trace:
 
 
 def _summary(trainer: Trainer, watch: Stopwatch, steps: int, plain: float, figures: dict[str, float]) -> Profile:
-    parts = {name: watch.seconds[name] / steps for name in PARTS}
+    parts = {name: watch.seconds[name] / steps for name in PARTS if name not in trainer.objective.absent_parts}
     assert watch.seconds.keys() <= set(PARTS)
     if trainer.step_flops:  # known to rank 0
         peak = device_peak(trainer.device, trainer.config.train.precision)
         figures = figures | arithmetic(trainer.step_flops, plain, trainer.world.world_size, peak)
     speed = trainer.order.global_batch / plain
-    return Profile(steps, parts, sum(parts.values()), plain, speed, figures)
+    return Profile(steps, parts, sum(parts.values()), plain, speed, trainer.objective.what, figures)

@@ -130,6 +130,15 @@ class Classified:
         """float64 [N]: the probability of the class decided on, as trained."""
         return np.exp(log_softmax(self.logits_NK).max(axis=1))
 
+    @cached_property
+    def confused(self) -> list[dict[str, Any]]:
+        """The pairs of classes that are mistaken most."""
+        return confused_classes(self.scores)
+
+    def probabilities(self, temperature: Temperature) -> np.ndarray:
+        """float64 [N, K]"""
+        return np.exp(log_softmax(self.logits_NK / temperature.value))
+
     def values(self) -> dict[str, float]:
         """As a validation logs them; the loss is without label smoothing."""
         as_trained = calibration_scores(self.logits_NK, self.label_N, **self.how)
@@ -160,8 +169,7 @@ class Classified:
         body = self.scores.to_dict()
         if len(self.labels) > MOST_IN_MATRIX:
             del body["confusion"]
-        confused = confused_classes(self.scores)
-        return {**body, "field": self.labels.field, "confused": confused, "left_out": self.left_out}
+        return {**body, "field": self.labels.field, "confused": self.confused, "left_out": self.left_out}
 
     def body(self, temperature: Temperature) -> dict[str, Any]:
         """What `scores.json` and the JSON of an evaluation hold."""

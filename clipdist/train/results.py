@@ -33,6 +33,7 @@ def keep_model(trainer: "Trainer", scores: dict[str, Any]) -> None:
         return
     about = {
         **described(trainer, trainer.config.data.train_split),
+        "val_split": trainer.config.data.val_split,
         "epoch": trainer.progress.step / trainer.order.steps_per_epoch,
         "license": trainer.data.license,
         "notes": trainer.data.notes,

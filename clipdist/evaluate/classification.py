@@ -28,6 +28,7 @@ from clipdist.evaluate.estimates import (
 # With more classes than this, each class's own recall and AUROC come without an interval.
 _CLASSES_WITH_INTERVALS = 50
 _ROWS_IN_TABLE = 20
+_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ class ClassificationScores:
             ]
             lines += aligned([["  class", "rows", "recall", "AUROC"], *each])
         if self.absent:
-            lines.append(f"without a row, so without scores of their own: {', '.join(self.absent)}")
+            more = f" and {len(self.absent) - _NAMED:,} more" if len(self.absent) > _NAMED else ""
+            named = ", ".join(self.absent[:_NAMED]) + more
+            lines.append(f"without a row, so without scores of their own: {named}")
         return "\n".join(lines)
 
 

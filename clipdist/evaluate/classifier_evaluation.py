@@ -70,7 +70,7 @@ class ClassifierEvaluation:
         one = self.classified
         told = one.scores.table(f"classification by {one.labels.field}")
         confused = [f"  {c['class']} for {c['taken_for']}: {c['rows']:,} of {c['of']:,}" for c in one.confused[:5]]
-        lines = [told, *(["taken most often", *confused] if confused else []), *left_out_line(one.left_out)]
+        lines = [told, *(["mistaken most often", *confused] if confused else []), *left_out_line(one.left_out)]
         found = [Part("classification", one.classification(), "\n".join(lines), one.measured)]
         body, table = one.calibration(self.temperature)
         found.append(Part("calibration", body, table))

@@ -64,7 +64,8 @@ def cards(name: str, body: Mapping[str, Any]) -> dict[str, Any]:
         {
             "label": "Balanced accuracy",
             "score": part["balanced_accuracy"],
-            "note": f"mean recall of {len(classes):,} classes; chance is {1 / len(part['classes']):.2g}",
+            "note": f"mean recall of {len(classes):,} classes; chance among {len(part['classes']):,} is "
+            f"{1 / len(part['classes']):.2g}",
             "rest": [("calibration error", after)] if after else [],
         },
     ]

@@ -98,7 +98,7 @@ class Temperature:
     """What logits are divided by before the softmax."""
 
     value: float
-    fitted_on: str
+    fitted_on: str | None
     at_bound: bool
     """Whether none could be fitted, so that it is 1."""
 

@@ -46,7 +46,7 @@ class ClassifierEvaluation:
         units = units_of(fields, args.unit)
         how: dict[str, Any] = {"units": units, "bootstrap": args.bootstrap, "seed": args.seed}
         self.classified = Classified(self.found.logits_NK, label_N, saved.labels, left_out=left_out, **how)
-        self.temperature = Temperature(saved.temperature, saved.fitted_on or "none", saved.at_bound)
+        self.temperature = Temperature(saved.temperature, saved.fitted_on, saved.at_bound)
         self.notes = list(self._notes(shard_set, units))
         self.parts = self._parts(values, how)
         self.body = {

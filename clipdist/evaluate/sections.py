@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipdist.evaluate import plots, score_plots
-from clipdist.evaluate.calibration import AT_BOUND
+from clipdist.evaluate.calibration import at_bound
 from clipdist.evaluate.subgroups import LEADING, shown_name
 
 # kind in the names of files: (title, draw(evaluation, form=...) -> bytes | None)
@@ -141,11 +141,13 @@ def _calibration(part: Mapping[str, Any]) -> Iterator[Section]:
         [label, f"{part[key]['rows']:,}", *(part[key][name] for name in ("ece", "nll", "brier"))]
         for key, label in (("as_trained", "as trained"), ("scaled", f"divided by {part['divided_by']:.3g}"))
     ]
+    split = part["fitted_on"]
+    fitted = f"the temperature was fitted on the split {split}" if split else "no temperature was fitted"
     yield Section(
         "Calibration",
-        f"Are probabilities right as often as they say: the temperature was fitted on the split {part['fitted_on']}. "
+        f"Are probabilities right as often as they say: {fitted}. "
         "ECE (15 bins) is too high on average in small sets; its interval leans upwards."
-        + (f" Here {AT_BOUND}." if part["at_bound"] else ""),
+        + (f" Here {at_bound(part['divided_by'])}." if part["at_bound"] else ""),
         ["Probabilities", "Images", "ECE", "NLL", "Brier"],
         rows,
         ["reliability"],

@@ -168,6 +168,12 @@ def test_where_no_temperature_can_be_fitted_none_is_applied() -> None:
     assert "stands at its bound" in table
 
 
+def test_without_a_validation_split_there_is_no_temperature(classify: Recipe, tmp_path: Path) -> None:
+    assert train(load_config(classify(data__val_split="", train__epochs=1), [])) == 0
+    saved = clipdist.load(tmp_path / "runs" / "tiny" / "model", "cpu")
+    assert (saved.temperature, saved.fitted_on, saved.scores) == (1.0, None, {})
+
+
 def test_the_configuration_is_written_without_what_is_not_read(run: Path, tmp_path: Path) -> None:
     text = (run / "config.yaml").read_text()
     for key in ("projection", "tokenizer", "groups:", "caption", "text_lr_scale"):

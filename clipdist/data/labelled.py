@@ -16,6 +16,8 @@ from clipdist.data.shards import RawSample, Split
 class LabelledRows(TrainRows):
     """Raises and replaces as `TrainRows` does; a sample without a class is a bad one."""
 
+    has_groups = True
+
     def __init__(
         self,
         split: Split,
@@ -29,8 +31,6 @@ class LabelledRows(TrainRows):
     ) -> None:
         super().__init__(split, order, config, side=side, resize=resize, tokenizer=None, cache=cache)
         self.labels = labels
-
-    has_groups = True
 
     def pad(self, token_ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         nothing = torch.zeros(len(token_ids), 0, dtype=torch.int64)

@@ -7,7 +7,7 @@ import copy
 import difflib
 import json
 import re
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -20,13 +20,14 @@ from clipdist.data.order import SampleOrder
 from clipdist.data.shards import Split
 from clipdist.errors import UserError
 from clipdist.loss.contrastive import LossConfig
+from clipdist.model.classifier import ClassifyConfig
 from clipdist.model.dual_encoder import ModelConfig
 from clipdist.settings import field, settings
 from clipdist.train.checkpoint import CheckpointConfig
 from clipdist.train.config import TrainConfig
 from clipdist.train.metrics import LogConfig
+from clipdist.train.objective import DEFAULT_MONITOR, IGNORED, EvaluateConfig, Name
 from clipdist.train.optim import OptimConfig
-from clipdist.train.validate import EvaluateConfig
 
 
 @settings
@@ -43,9 +44,13 @@ class RunConfig:
     resume: Literal["auto", "force", "never"] = "auto"
     """auto: go on where the run stopped, unless the recipe changed in what defines the maths; force: go on all the
     same; never: refuse a folder that already holds a run."""
+    objective: Name = "contrastive"
+    """contrastive: a dual encoder of images and captions; classify: an image tower and a head over the classes of a
+    field."""
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    classify: ClassifyConfig = field(default_factory=ClassifyConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -139,7 +144,10 @@ def _fill_in_published(tree: dict[str, Any]) -> None:
     if isinstance(init, str) and init:
         from clipdist.model.published import describe
 
-        tree["model"] = _beneath(describe(init), model)
+        described = describe(init)
+        if tree.get("objective") == "classify":
+            described = {"image": described["image"]}
+        tree["model"] = _beneath(described, model)
 
 
 def _beneath(defaults: Any, own: Any) -> Any:
@@ -167,12 +175,21 @@ def validate(tree: dict[str, Any], where: dict[str, str], source: str) -> RunCon
         raise UserError(f"{where.get('data.mix', source)}: data.set and data.mix: expected one of them, found both")
     if not config.data.set and not config.data.mix:
         raise UserError(f"{where.get('data', source)}: data.set is missing and has no default")
+    if not config.evaluate.monitor:
+        config = replace(config, evaluate=replace(config.evaluate, monitor=DEFAULT_MONITOR[config.objective]))
     return config
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The resolved tree; `load_config` on it gives the same tree."""
-    return dump(plain(config))
+    """The resolved tree but for what the objective does not read; `load_config` on it gives the same tree."""
+    tree = plain(config)
+    for key in IGNORED[config.objective]:
+        *parents, last = key.split(".")
+        section = tree
+        for name in parents:
+            section = section[name]
+        del section[last]
+    return dump(tree)
 
 
 def plain(config: RunConfig) -> dict[str, Any]:

@@ -103,9 +103,9 @@ TINY: dict[str, Any] = {
 }
 
 
-def write_recipe(folder: Path, shapes: Path, name: str = "tiny", **changes: Any) -> Path:
+def write_recipe(folder: Path, shapes: Path, name: str = "tiny", base: dict[str, Any] = TINY, **changes: Any) -> Path:
     """`folder/name.yaml`, which trains on `shapes` into `folder/runs`; a double underscore in `changes` is a dot."""
-    tree = yaml.safe_load(yaml.safe_dump(TINY))
+    tree = yaml.safe_load(yaml.safe_dump(base))
     tree["data"]["set"], tree["runs"] = str(shapes), str(folder / "runs")
     for key, value in changes.items():
         section = tree

@@ -24,6 +24,9 @@ NAMES = {
     "val/image_to_text/R@1": "R@1, image → text",
     "val/text_to_image/R@1": "R@1, text → image",
     "val/loss": "validation loss",
+    "val/top1": "top-1",
+    "val/top5": "top-5",
+    "val/balanced_accuracy": "balanced accuracy",
 }
 # Okabe and Ito's, the darkest first; each line also has a marker of its own.
 LINES = ((BLUE, "o"), (VERMILLION, "s"), (GREEN, "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#56b4e9", "P"), (INK, "X"))

@@ -18,8 +18,8 @@ from clipdist.cluster.sweep_words import short, shown
 from clipdist.data.shards import write_atomically
 from clipdist.errors import disk_errors
 from clipdist.evaluate.plots import series
+from clipdist.train.objective import HIGHER_IS_BETTER
 from clipdist.train.records import METRICS, read_records
-from clipdist.train.validate import MONITORS
 
 CSV, JSON, PLOT = "sweep.csv", "sweep.json", "sweep.png"
 
@@ -61,7 +61,7 @@ class Results:
 
     @property
     def higher_is_better(self) -> bool:
-        return MONITORS[self.monitor]
+        return HIGHER_IS_BETTER[self.monitor]
 
     def numeric(self, key: str) -> bool:
         values = [row.values.get(key) for row in self.rows]
@@ -82,7 +82,7 @@ def read_results(folder: Path) -> Results:
     queue = scheduler.queue() if record.jobs else None
     monitor = record.base["evaluate"]["monitor"]
     rows = [_row(folder, name, values, record, queue, monitor) for name, values in record.runs.items()]
-    sign = -1.0 if MONITORS[monitor] else 1.0
+    sign = -1.0 if HIGHER_IS_BETTER[monitor] else 1.0
     rows.sort(key=lambda row: (row.score is None, sign * (row.score or 0.0), np.inf if row.loss is None else row.loss))
     return Results(folder.resolve().name, record.keys, monitor, rows)
 
@@ -100,7 +100,7 @@ def _row(
     steps, scores = series(records, monitor)
     best = gallery = None
     if len(steps):
-        place = int(scores.argmax() if MONITORS[monitor] else scores.argmin())
+        place = int(scores.argmax() if HIGHER_IS_BETTER[monitor] else scores.argmin())
         best = float(scores[place])
         sizes = dict(zip(*series(records, "val/gallery"), strict=True))
         gallery = int(sizes[steps[place]]) if steps[place] in sizes else None

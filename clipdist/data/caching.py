@@ -11,6 +11,7 @@ import xxhash
 
 from clipdist.data.config import DataConfig
 from clipdist.data.images.cache import DecodedCache, cache_bytes, cached_sizes, clean
+from clipdist.data.labels import Labels
 from clipdist.data.shards import Split
 from clipdist.data.text import Tokenizer
 from clipdist.errors import disk_errors
@@ -29,13 +30,14 @@ def cache_side(config: DataConfig, side: int) -> int:
     return config.cache_side or -(-side * 8 // 7)
 
 
-def open_cache(config: DataConfig, split: Split, tokenizer: Tokenizer, side: int) -> DecodedCache:
-    """Opens, or lays out, the cache of `split`. Every rank calls it; the first one on a machine does the work.
+def open_cache(config: DataConfig, split: Split, tells: Tokenizer | Labels, side: int) -> DecodedCache:
+    """Opens, or lays out, the cache of `split`; `tells` makes token ids of captions, or classes of fields.
 
-    Raises `UserError` when the disk, or `data.cache_gib`, has too little room.
+    Every rank calls it; the first one on a machine does the work. Raises `UserError` when the disk, or
+    `data.cache_gib`, has too little room.
     """
     folder = user_cache("decoded", config.cache_folder)
-    identity = identity_of(config, split, tokenizer, side)
+    identity = identity_of(config, split, tells, side)
     sizes_hw, payload_sizes = _sizes(split, cache_side(config, side))
     with disk_errors(folder):
         clean(folder, [identity], max(0.0, config.cache_gib - cache_bytes(sizes_hw, payload_sizes) / 2**30))
@@ -50,7 +52,7 @@ def open_cache(config: DataConfig, split: Split, tokenizer: Tokenizer, side: int
     return cache
 
 
-def identity_of(config: DataConfig, split: Split, tokenizer: Tokenizer, side: int) -> str:
+def identity_of(config: DataConfig, split: Split, tells: Tokenizer | Labels, side: int) -> str:
     """Names everything that the cached content depends on: two runs share a cache exactly when it is equal."""
     depends = [
         split.digest,
@@ -58,14 +60,18 @@ def identity_of(config: DataConfig, split: Split, tokenizer: Tokenizer, side: in
         config.decode,
         config.max_image_pixels,
         config.groups,
-        *_tells(tokenizer),
+        *(_classes(tells) if isinstance(tells, Labels) else _tokens(tells)),
         CONTENT_VERSION,
         *(version(package) for package in ("simplejpeg", "pillow", "torch", "tokenizers", "transformers")),
     ]
     return f"{split.name}-{cache_side(config, side)}-{xxhash.xxh3_64_hexdigest(json.dumps(depends).encode())}"
 
 
-def _tells(tokenizer: Tokenizer) -> list[Any]:
+def _classes(labels: Labels) -> list[Any]:
+    return ["classes", labels.field, labels.names]
+
+
+def _tokens(tokenizer: Tokenizer) -> list[Any]:
     """What decides the ids that a tokenizer gives. Not what an earlier call left behind in it: how it was cut."""
     inner = tokenizer.tokenizer
     about: list[Any] = [tokenizer.max_tokens, inner.truncation_side, type(inner).__name__, *["fill"] * tokenizer.fill]

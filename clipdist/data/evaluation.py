@@ -29,7 +29,9 @@ class EvalPiece:
 
 
 class EvalRows(Dataset[EvalPiece | UserError]):
-    """Deterministic reading for evaluation: `rows[start, stop]`. Unreadable samples are named, never replaced."""
+    """Deterministic reading for evaluation: `rows[start, stop]`. Unreadable samples are named, never replaced.
+
+    Without a tokenizer a sample needs no caption, and nothing is made of one."""
 
     def __init__(
         self,
@@ -37,7 +39,7 @@ class EvalRows(Dataset[EvalPiece | UserError]):
         *,
         side: int,
         resize: ResizeMode,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         max_image_pixels: int = 50_000_000,
     ) -> None:
         self.split, self.side, self.resize = split, side, resize
@@ -55,7 +57,7 @@ class EvalRows(Dataset[EvalPiece | UserError]):
         for number in range(start, stop):
             try:
                 sample = self.split.read(number)
-                if not sample.texts:
+                if self.tokenizer and not sample.texts:
                     raise BadSample("no caption")
                 pixels = load_for_evaluation(sample.image, self.side, self.resize, self.max_image_pixels)
             except BadSample as error:
@@ -69,7 +71,7 @@ class EvalRows(Dataset[EvalPiece | UserError]):
         pixels_nHW3 = np.stack(images) if images else np.zeros((0, self.side, self.side, 3), np.uint8)
         return EvalPiece(
             torch.from_numpy(pixels_nHW3).permute(0, 3, 1, 2),
-            self.tokenizer.encode(texts) if texts else [],
+            self.tokenizer.encode(texts) if self.tokenizer and texts else [],
             owners,
             numbers,
             samples,

@@ -38,9 +38,9 @@ class Batch:
 
     step: int
     images_b3HW: torch.Tensor  # uint8, channels last in memory
-    token_ids_bT: torch.Tensor  # int64
+    token_ids_bT: torch.Tensor  # int64; T is 0 where captions are not read
     attention_mask_bT: torch.Tensor  # int64
-    group_b: torch.Tensor | None  # int64
+    group_b: torch.Tensor | None  # int64; for a classifier the number of the class
     keys: list[str]
     consumed: int  # sum over rows of hash(step, key), modulo 2^64
     bad: list[BadRecord]
@@ -217,7 +217,7 @@ class TrainLoader:
         step = pieces[0].step
         assert all(piece.step == step for piece in pieces)
         keys = [key for piece in pieces for key in piece.keys]
-        tokens, mask = self.rows.tokenizer.pad([ids for piece in pieces for ids in piece.token_ids])
+        tokens, mask = self.rows.pad([ids for piece in pieces for ids in piece.token_ids])
         groups = None
         if pieces[0].groups is not None:
             groups = torch.tensor([group for piece in pieces for group in piece.groups or []], dtype=torch.int64)

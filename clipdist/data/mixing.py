@@ -386,6 +386,10 @@ class MixedSplit(Split):
         sample = self.splits[part].read(own)
         return replace(sample, key=f"{self.names[part]}/{sample.key}")
 
+    def fields(self, number: int) -> dict[str, Any]:
+        part, own = self.part(number)
+        return self.splits[part].fields(own)
+
 
 class Mixture:
     """The shard sets that a recipe names: one in `data.set`, or several in `data.mix`."""

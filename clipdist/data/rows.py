@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import xxhash
 from torch.utils.data import Dataset
 
@@ -64,7 +65,8 @@ class Row(NamedTuple):
 
 
 class TrainRows(Dataset[Piece | UserError]):
-    """`rows[task]` gives the rows of a task, augmented and tokenised. Runs inside loader workers.
+    """`rows[task]` gives the rows of a task, augmented and tokenised. Runs inside loader workers. Only a subclass that
+    reads no captions does without a tokenizer.
 
     `staging`, when set before the workers are forked, takes the pixels; its row 0 is row `first_row` of the global
     batch.
@@ -78,7 +80,7 @@ class TrainRows(Dataset[Piece | UserError]):
         *,
         side: int,
         resize: ResizeMode,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         cache: DecodedCache | None = None,
     ) -> None:
         self.split, self.order, self.config = split, order, config
@@ -108,15 +110,37 @@ class TrainRows(Dataset[Piece | UserError]):
             task.step,
             images if self.staging is None else None,
             self._encode(rows),
-            None if self.config.groups == "none" else [row.group for row in rows],
+            [row.group for row in rows] if self.has_groups else None,
             [row.key for row in rows],
             bad,
         )
 
+    @property
+    def has_groups(self) -> bool:
+        return self.config.groups != "none"
+
+    def pad(self, token_ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the rows of a batch: (token_ids_bT, attention_mask_bT), int64."""
+        assert self.tokenizer is not None
+        return self.tokenizer.pad(token_ids)
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        assert self.tokenizer is not None
+        return self.tokenizer.encode(texts)
+
+    def _captions(self, sample: RawSample) -> list[str]:
+        if not sample.texts:
+            raise BadSample("no caption")
+        return sample.texts
+
+    def _value(self, sample: RawSample) -> Any:
+        """What `_row` makes the group of."""
+        return group_value(sample, self.config.groups)
+
     def _encode(self, rows: list[Row]) -> list[list[int]]:
         """Token ids of every row; those not known yet are found together."""
         missing = [row.text for row in rows if row.tokens is None]
-        found = iter(self.tokenizer.encode(missing) if missing else [])
+        found = iter(self._tokens(missing) if missing else [])
         return [next(found) if row.tokens is None else row.tokens for row in rows]
 
     def _read(self, step: int, row: int, number: int, times_round: int, out: np.ndarray, bad: list[BadRecord]) -> Row:
@@ -160,10 +184,9 @@ class TrainRows(Dataset[Piece | UserError]):
         if self.cache is not None:
             return self._prepare_cached(self.cache, number, times_round, out)
         config, sample = self.config, self.split.read(number)
-        if not sample.texts:
-            raise BadSample("no caption")
+        texts = self._captions(sample)
         draw = sample_generator(self.order.seed, times_round, sample.key)
-        text = choose(sample.texts, config.caption, draw)
+        text = choose(texts, config.caption, draw)
         load_for_training(
             sample.image,
             self.side,
@@ -174,7 +197,7 @@ class TrainRows(Dataset[Piece | UserError]):
             exact=config.decode == "exact",
             out=out,
         )
-        return self._row(sample.key, text, None, group_value(sample, config.groups), times_round)
+        return self._row(sample.key, text, None, self._value(sample), times_round)
 
     def _prepare_cached(self, cache: DecodedCache, number: int, times_round: int, out: np.ndarray) -> Row:
         """Like `_prepare`, from pixels decoded earlier. They are the same whether they come from the cache or are put
@@ -194,17 +217,16 @@ class TrainRows(Dataset[Piece | UserError]):
     def _decode(self, number: int) -> tuple[np.ndarray, bytes]:
         """A sample's pixels at the cache's size, and what else training needs of it."""
         config, sample = self.config, self.split.read(number)
-        if not sample.texts:
-            raise BadSample("no caption")
+        texts = self._captions(sample)
         exact, (width, height) = config.decode == "exact", image_size(sample.image, config.max_image_pixels)
         size = cached_size(width, height, cache_side(config, self.side))
         pixels = decode_rgb(sample.image, config.max_image_pixels, at_least=None if exact else size, exact=exact)
         told = {
             "key": sample.key,
-            "texts": sample.texts,
+            "texts": texts,
             "size": (height, width),
-            "group": group_value(sample, config.groups),
-            "tokens": self.tokenizer.encode(sample.texts),
+            "group": self._value(sample),
+            "tokens": self._tokens(texts),
         }
         payload = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
         return (resize_exact if exact else resize_rgb)(pixels, size), payload

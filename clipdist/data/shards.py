@@ -423,6 +423,11 @@ class Split:
         shard, row = self.locate(number)
         return self.shard(shard).read(row)
 
+    def fields(self, number: int) -> dict[str, Any]:
+        """The JSON member of sample `number` alone, `text` included; raises as `ShardFile.fields` and `read` do."""
+        shard, row = self.locate(number)
+        return self.shard(shard).fields(row)
+
 
 class ShardSet:
     """A finished shard set. `ShardSet.open(folder).split("train")` gives the samples of one split.

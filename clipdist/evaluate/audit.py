@@ -124,9 +124,9 @@ def features_from(survey: Survey, path: Path) -> Features:
 def features_of(survey: Survey, model: Path, *, workers: int = 0, device: str | None = None) -> Features:
     """Image features of every readable sample, by a model folder."""
     from clipdist.evaluate.embed import embed_split
-    from clipdist.model.saved import load
+    from clipdist.model.saved import load_dual_encoder
 
-    saved, shard_set = load(model, device), ShardSet.open(survey.folder)
+    saved, shard_set = load_dual_encoder(model, device), ShardSet.open(survey.folder)
     rows, vectors = [], []
     for number, name in enumerate(survey.rows.splits):
         found = embed_split(saved.model, saved.tokenizer, shard_set.split(name), workers=workers)

@@ -34,6 +34,11 @@ AT_BOUND = (
 )
 
 
+def at_bound(divided_by: float) -> str:
+    """What to say of a fit that ended at a bound, where logits are divided by so much all the same."""
+    return AT_BOUND + ("; so none is applied" if divided_by == 1 else "")
+
+
 @dataclass(frozen=True)
 class Bin:
     """Rows whose confidence lies in (low, high]: how many, their mean confidence, and the share that is right."""
@@ -154,14 +159,41 @@ def calibration_scores(
     return CalibrationScores(found["ece"], found["nll"], found["brier"], len(label_Q), shown)
 
 
-def calibration_table(before: CalibrationScores, after: CalibrationScores | None, temperature: float | None) -> str:
+def calibrated(
+    logits_NC: np.ndarray,
+    label_N: np.ndarray | Sequence[int],
+    T: float,
+    *,
+    fitted_on: str | None,
+    at_bound: bool,
+    tolerance: float = TIE_TOLERANCE,
+    **resampled: Any,
+) -> tuple[dict[str, Any], str]:
+    """(as JSON, as a table) the probabilities as they are, and of logits divided by `T`, which was fitted on the split
+    `fitted_on` (None: on none); `at_bound` says that nothing could be fitted there. `resampled`: as for
+    `calibration_scores`."""
+    before = calibration_scores(logits_NC, label_N, tolerance=tolerance, **resampled)
+    after = calibration_scores(logits_NC / T, label_N, tolerance=tolerance / T, **resampled)
+    body = {
+        "fitted_on": fitted_on,
+        "divided_by": T,
+        "at_bound": at_bound,
+        "as_trained": before.to_dict(),
+        "scaled": after.to_dict(),
+    }
+    return body, calibration_table(before, after, T, at_bound)
+
+
+def calibration_table(
+    before: CalibrationScores, after: CalibrationScores | None, temperature: float | None, bound: bool = False
+) -> str:
     """Plain text: the probabilities as they are, and after temperature scaling."""
     rows = [["calibration", "rows", "ECE", "NLL", "Brier"]]
     for name, one in (("as trained", before), (f"divided by T = {temperature or 1:.3g}", after)):
         if one is not None:
             rows.append([f"  {name}", f"{one.rows:,}", *(cell(score) for score in (one.ece, one.nll, one.brier))])
-    at_bound = temperature is not None and not BOUNDS[0] < temperature < BOUNDS[1]
-    return "\n".join([*aligned(rows), *([AT_BOUND] if at_bound else [])])
+    told = bound or (temperature is not None and not BOUNDS[0] < temperature < BOUNDS[1])
+    return "\n".join([*aligned(rows), *([at_bound(temperature or 1)] if told else [])])
 
 
 def _ece_of(confidence_Q: np.ndarray, right_Q: np.ndarray, bin_Q: np.ndarray, bins: int) -> Statistic:

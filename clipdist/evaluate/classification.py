@@ -28,6 +28,7 @@ from clipdist.evaluate.estimates import (
 # With more classes than this, each class's own recall and AUROC come without an interval.
 _CLASSES_WITH_INTERVALS = 50
 _ROWS_IN_TABLE = 20
+_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ class ClassificationScores:
             ]
             lines += aligned([["  class", "rows", "recall", "AUROC"], *each])
         if self.absent:
-            lines.append(f"without a row, so without scores of their own: {', '.join(self.absent)}")
+            more = f" and {len(self.absent) - _NAMED:,} more" if len(self.absent) > _NAMED else ""
+            named = ", ".join(self.absent[:_NAMED]) + more
+            lines.append(f"without a row, so without scores of their own: {named}")
         return "\n".join(lines)
 
 
@@ -162,6 +165,25 @@ def classification_scores(
         bootstrap=bootstrap,
         measured=Measured(statistics, asked_Q),
     )
+
+
+def confused_classes(scores: ClassificationScores, most: int = 20) -> list[dict[str, Any]]:
+    """The pairs of classes most of whose rows are mistaken, the most first: the class, what it was taken for, how many
+    of its rows were, and how many it has. Of equally many, the classes' order decides."""
+    wrong_CC = np.array(scores.confusion_CC)
+    np.fill_diagonal(wrong_CC, 0)
+    order = np.argsort(-wrong_CC, axis=None, kind="stable")[:most]
+    names = scores.classes
+    return [
+        {
+            "class": names[i],
+            "taken_for": names[j],
+            "rows": int(wrong_CC[i, j]),
+            "of": scores.counts[i],
+        }
+        for i, j in zip(*(place.tolist() for place in np.unravel_index(order, wrong_CC.shape)), strict=True)
+        if wrong_CC[i, j]
+    ]
 
 
 def ranks_and_decisions(

@@ -109,13 +109,22 @@ def run(args: argparse.Namespace) -> int:
         assert shard_set is not None
         shard_set.split(split)
     from clipdist.model.saved import load
+    from clipdist.model.saved_classifier import SavedClassifier
 
-    saved = load(args.model, args.device)
-    paths = _write_queries(args, queries, saved) if queries else []
-    if shard_set is not None:
-        evaluation = Evaluation(args, shard_set, saved, templates)
-        print("\n\n".join([evaluation.scores.table(), *(part.table for part in evaluation.parts)]))
-        paths += evaluation.write()
+    saved, paths = load(args.model, args.device), []
+    evaluation: Any = None
+    if isinstance(saved, SavedClassifier):
+        from clipdist.evaluate.classifier_evaluation import ClassifierEvaluation, check_options
+
+        check_options(args)
+        assert shard_set is not None
+        evaluation = ClassifierEvaluation(args, shard_set, saved)
+    else:
+        paths = _write_queries(args, queries, saved) if queries else []
+        evaluation = Evaluation(args, shard_set, saved, templates) if shard_set is not None else None
+    if evaluation is not None:
+        print("\n\n".join(evaluation.tables()))
+        paths += _write_evaluation(args, evaluation)
     for path in paths:
         print(path)
     return 0
@@ -189,7 +198,7 @@ class Evaluation:
         asked = _asked(args, self.groups_by, templates)
         self.embeddings = embeddings = embed_for(asked, saved, shard_set, args.split)
         self.group = groups_of(embeddings, self.groups_by)
-        units = units_of(embeddings, args.unit)
+        units = units_of(embeddings.fields, args.unit)
         self.scores = retrieval_scores(
             embeddings.image_features_ND,
             embeddings.text_features_MD,
@@ -216,14 +225,12 @@ class Evaluation:
             **{part.name: part.body for part in self.parts},
         }
 
-    def write(self) -> list[Path]:
-        """JSON, plots and, when the model lies in a run, the run's report; returns the paths."""
-        run, out = self.args.model.resolve().parent, out_folder(self.args)
-        with disk_errors(out):
-            paths = _write(out, f"{called(self.args.data)}-{self.args.split}", self.body)
-            return [*paths, self._report(run)] if (run / "config.yaml").exists() else paths
+    def tables(self) -> list[str]:
+        """Plain text, for a terminal."""
+        return [self.scores.table(), *(part.table for part in self.parts)]
 
-    def _report(self, run: Path) -> Path:
+    def report(self, run: Path) -> Path:
+        """The run's report anew, with examples."""
         from clipdist.evaluate.examples import draw_examples
         from clipdist.evaluate.report import write_report
 
@@ -240,6 +247,14 @@ class Evaluation:
             images=max(1, self.args.examples),
         )
         return write_report(run, examples=images, caption_examples=captions, scores=self.body)
+
+
+def _write_evaluation(args: argparse.Namespace, evaluation: Any) -> list[Path]:
+    """JSON, plots and, when the model lies in a run, the run's report; returns the paths."""
+    run, out = args.model.resolve().parent, out_folder(args)
+    with disk_errors(out):
+        paths = _write(out, f"{called(args.data)}-{args.split}", evaluation.body)
+        return [*paths, evaluation.report(run)] if (run / "config.yaml").exists() else paths
 
 
 def _write(out: Path, name: str, body: dict[str, Any]) -> list[Path]:

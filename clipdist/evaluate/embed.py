@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from clipdist.data.shards import Split
 from clipdist.data.text import Tokenizer
 from clipdist.errors import UserError
 from clipdist.model.dual_encoder import DualEncoder
+from clipdist.model.tower_model import TowerModel
 from clipdist.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -56,28 +58,67 @@ def embed_split(
     `in_step` says that each pass through a tower needs all ranks: those that are done take part with a blank row until
     the last is. The model is left in the mode it was in.
     """
+    device = next(model.parameters()).device
+    with reading(
+        model,
+        split,
+        tokenizer,
+        workers=workers,
+        precision=precision,
+        max_image_pixels=max_image_pixels,
+        quiet=quiet,
+        description=f"embedding {split.name}",
+    ) as pieces:
+        local = _embed_pieces(model, tokenizer, pieces, device, in_step, tower_features)
+    embeddings = _join(world.gather_objects(local), model.config.width)
+    warn_of_bad(split, embeddings.bad)
+    return embeddings
+
+
+@contextmanager
+def reading(
+    model: TowerModel,
+    split: Split,
+    tokenizer: Tokenizer | None,
+    *,
+    workers: int,
+    precision: torch.dtype,
+    max_image_pixels: int,
+    quiet: bool,
+    description: str,
+) -> Iterator[Iterator[EvalPiece]]:
+    """This rank's part of a split as the model takes it; within, the model is in evaluation mode, and computes in
+    `precision`. Afterwards it is in the mode it was in."""
     who = world.connected()
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    rows = EvalRows(
-        split, side=model.image.side, resize=model.image.resize, tokenizer=tokenizer, max_image_pixels=max_image_pixels
-    )
+    image = model.image
+    rows = EvalRows(split, side=image.side, resize=image.resize, tokenizer=tokenizer, max_image_pixels=max_image_pixels)
     loader = evaluation_loader(rows, rank=who.rank, world_size=who.world_size, workers=workers)
-    shown = progress(loader, unit="batch", description=f"embedding {split.name}", quiet=quiet or not who.is_main)
+    shown = progress(loader, unit="batch", description=description, quiet=quiet or not who.is_main)
     with torch.autocast(device.type, precision, enabled=precision != torch.float32), worker_errors():
-        local = _embed_pieces(model, tokenizer, shown, device, in_step, tower_features)
+        yield _sound(shown)
     model.train(was_training)
-    embeddings = _join(world.gather_objects(local), model.config.width)
-    if who.is_main:
-        for _, key, reason in embeddings.bad:
+
+
+def _sound(pieces: Iterable[EvalPiece | UserError]) -> Iterator[EvalPiece]:
+    for piece in pieces:
+        if isinstance(piece, UserError):
+            raise piece
+        yield piece
+
+
+def warn_of_bad(split: Split, bad: Iterable[tuple[int, str, str]]) -> None:
+    """Rank 0 names what could not be read."""
+    if world.connected().is_main:
+        for _, key, reason in bad:
             logger.warning("%s: left out of %s: %s: %s", split.folder, split.name, key, reason)
-    return embeddings
 
 
 def _embed_pieces(
     model: DualEncoder,
     tokenizer: Tokenizer,
-    pieces: Iterable[EvalPiece | UserError],
+    pieces: Iterable[EvalPiece],
     device: torch.device,
     in_step: bool,
     tower_features: bool,
@@ -87,8 +128,6 @@ def _embed_pieces(
 
     def images() -> Iterator[torch.Tensor]:
         for piece in pieces:
-            if isinstance(piece, UserError):
-                raise piece
             found["bad"] += piece.bad
             if piece.numbers:
                 found["numbers"] += piece.numbers
@@ -109,11 +148,11 @@ def _embed_pieces(
     blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
     of_tower: list[torch.Tensor] = []
     listener = model.image.register_forward_hook(lambda *call: of_tower.append(call[-1])) if tower_features else None
-    parts = {"image": _encode(encode_image, images(), blank, device, in_step)}
+    parts = {"image": encode_all(encode_image, images(), blank, device, in_step)}
     if listener is not None:
         listener.remove()
     texts = (captions[start : start + TEXT_ROWS] for start in range(0, len(captions), TEXT_ROWS))
-    parts["text"] = _encode(encode_text, texts, [[tokenizer.pad_id]], device, in_step)
+    parts["text"] = encode_all(encode_text, texts, [[tokenizer.pad_id]], device, in_step)
     for name, made in parts.items():
         found[name] = torch.cat(made).float().numpy() if made else np.zeros((0, model.config.width), np.float32)
     width = model.config.width
@@ -121,7 +160,7 @@ def _embed_pieces(
     return found
 
 
-def _encode(
+def encode_all(
     encode: Callable[[Any], torch.Tensor], items: Iterator[Any], blank: Any, device: torch.device, in_step: bool
 ) -> list[torch.Tensor]:
     """`encode` of each item, on the CPU; `in_step` with the other ranks, which may have more items or fewer."""

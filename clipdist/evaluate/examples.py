@@ -37,6 +37,18 @@ class CaptionExample:
     rank: int
 
 
+@dataclass(frozen=True)
+class Mistake:
+    """An image that a classifier is wrong about: its class, the one that was given, and the probabilities of both."""
+
+    image: bytes
+    key: str
+    label: str
+    given: str
+    probability: float
+    of_the_label: float
+
+
 def draw_examples(
     image_features_ND: Array,
     text_features_MD: Array,

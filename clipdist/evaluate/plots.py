@@ -71,6 +71,18 @@ def recall(records: Records, *, form: Form = "svg") -> bytes | None:
     )
 
 
+def accuracy(records: Records, *, form: Form = "svg") -> bytes | None:
+    """Of a classifier: the share of training batches that is right, raw and smoothed, and that of each validation."""
+    if not len(series(records, "val/top1")[0]) and not len(series(records, "train/top1")[0]):
+        return None
+    figure, axes = new_figure()
+    _noisy(axes, records, "train/top1", "training, top-1", BLUE)
+    _dots(axes, records, "val/top1", "validation, top-1", VERMILLION, "o-")
+    _dots(axes, records, "val/balanced_accuracy", "balanced", GREEN, "s--")
+    axes.set_ylim(bottom=0)
+    return finish(figure, axes, form, "share that is right", x="step")
+
+
 def cosines(records: Records, *, form: Form = "svg") -> bytes | None:
     """Mean cosine of positive and of negative pairs at each validation."""
     names = {"val/cosine_pos": "positive pairs", "val/cosine_neg": "negative pairs"}
@@ -181,6 +193,7 @@ def recall_bars(scores: Mapping[str, Any], *, form: Form = "svg") -> bytes | Non
 
 CURVES: dict[str, tuple[str, Callable[..., bytes | None]]] = {
     "loss": ("Loss", loss),
+    "accuracy": ("Accuracy", accuracy),
     "recall": ("R@1 in validation", recall),
     "cosines": ("Mean cosine in validation", cosines),
     "learning_rate": ("Learning rate", learning_rate),

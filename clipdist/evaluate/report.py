@@ -24,8 +24,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 import clipdist
 from clipdist.data.shards import write_atomically
 from clipdist.errors import UserError
-from clipdist.evaluate import plots
-from clipdist.evaluate.examples import CaptionExample, Example, thumbnail_uri
+from clipdist.evaluate import classifier_page, plots
+from clipdist.evaluate.examples import CaptionExample, Example, Mistake, thumbnail_uri
 from clipdist.evaluate.sections import FIGURES, sections
 from clipdist.train.records import BAD_SAMPLES, METRICS, read_records
 
@@ -38,6 +38,7 @@ def write_report(
     *,
     examples: Sequence[Example] = (),
     caption_examples: Sequence[CaptionExample] = (),
+    mistakes: Sequence[Mistake] = (),
     scores: dict[str, Any] | None = None,
     title: str | None = None,
 ) -> Path:
@@ -45,14 +46,18 @@ def write_report(
 
     The examples are presented as drawn at random, so draw them so (`draw_examples`). `scores`, of the shape of
     `RetrievalScores.to_dict()` with or without `data`, `split` and `model`, become the headline; otherwise it is the
-    evaluation of a split called test, or else the first evaluation, or else the last validation.
+    evaluation of a split called test, or else the first evaluation, or else the last validation. Those of a classifier
+    have the shape of `Classified.body`, and so has what its model folder says of the validation that chose it.
 
     Raises `UserError` when `run` is no directory.
     """
     if not run.is_dir():
         raise UserError(f"{run}: no such run directory; name one that a training run has written")
     log = _read(run)
-    evaluations = _evaluations(log, scores)
+    classified = classifier_page.bodies(log.other_evaluations, scores, log.kept)
+    log.other_evaluations = [one for one in log.other_evaluations if not classifier_page.is_classified(one[1])]
+    log.other_evaluations += classified
+    evaluations = [] if classified else _evaluations(log, scores)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -61,11 +66,13 @@ def write_report(
         title=title or run.resolve().name,
         finished=_finished(log),
         facts=_facts(log),
-        notices=_notices(log, evaluations),
+        notices=[*_notices(log, evaluations), *(classifier_page.notices(*classified[0]) if classified else [])],
         sections=_sections(evaluations, log),
         missing=log.missing,
         evaluations=evaluations,
         headline=_headline(evaluations),
+        classifier=classifier_page.cards(*classified[0]) if classified else None,
+        mistakes=classifier_page.pictures(mistakes),
         curves=_curves(log.records),
         figures=_score_figures(_headline(evaluations)),
         examples=[_example(one) for one in examples],
@@ -98,6 +105,8 @@ class _Log:
     evaluations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     other_evaluations: list[tuple[str, Any]] = field(default_factory=list)
     bad_samples: list[dict[str, Any]] = field(default_factory=list)
+    kept: Any = None
+    """What the model folder says of its scores."""
     missing: list[str] = field(default_factory=list)
 
     def numbers(self, key: str) -> np.ndarray:
@@ -134,7 +143,8 @@ def _read(run: Path) -> _Log:
             log.evaluations.append((path.stem, body))
         elif body is not None:
             log.other_evaluations.append((path.stem, body))
-    if not log.evaluations:
+    log.kept = _json(run / "model" / "scores.json", log)
+    if not log.evaluations and log.config.get("objective") != "classify":
         log.missing.append("evaluation/: no retrieval scores, so there is no interval beside those of validation")
     if (path := run / BAD_SAMPLES).exists():
         log.bad_samples, damaged = read_records(path)

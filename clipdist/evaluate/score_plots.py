@@ -17,20 +17,26 @@ from clipdist.evaluate.plots import BLUE, GREEN, GRID, INK, MUTED, VERMILLION, F
 from clipdist.evaluate.subgroups import LEADING, shown_name
 
 # More classes than this are too small to read; the numbers stand in the JSON.
-_MOST_CLASSES = 24
+MOST_CLASSES = 24
+FEW_CLASSES = 12
 _MOST_SCORES = 4  # side by side
 _COLOURS = (BLUE, VERMILLION, GREEN)
 
 
 def confusion(scores: Mapping[str, Any], *, form: Form = "svg") -> bytes | None:
-    """What the rows of each class were taken for, as shares of the class."""
-    matrix = (scores.get("zero_shot") or {}).get("confusion")
-    if not matrix or len(matrix["classes"]) > _MOST_CLASSES:
+    """What the rows of each class were taken for, as shares of the class; of too many classes to draw, where they are
+    named, those that are confused most."""
+    part = scores.get("classification") or scores.get("zero_shot") or {}
+    matrix = part.get("confusion")
+    if not matrix:
         return None
-    counts = np.asarray(matrix["counts"], np.float64)
-    names, C = [_short(name) for name in matrix["classes"]], len(counts)
+    chosen = _drawn(matrix["classes"], part.get("confused") or [])
+    if not chosen:
+        return None
+    whole = np.asarray(matrix["counts"], np.float64)
+    counts, held = whole[np.ix_(chosen, chosen)], whole.sum(axis=1, keepdims=True)[chosen]
+    names, C = [_short(matrix["classes"][place]) for place in chosen], len(chosen)
     figure, axes = new_figure(max(2.6, min(5.6, 1.3 + 0.42 * C)))
-    held = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, held, out=np.zeros_like(counts), where=held > 0)
     for i in range(C):
         for j in range(C):
@@ -48,6 +54,15 @@ def confusion(scores: Mapping[str, Any], *, form: Form = "svg") -> bytes | None:
     axes.set_xticks(places, names, rotation=40 if long else 0, ha="right" if long else "center")
     axes.set_yticks(places, names)
     return render(figure, form)
+
+
+def _drawn(classes: Sequence[str], confused: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Places of the classes that a matrix shows, ascending."""
+    if len(classes) <= MOST_CLASSES:
+        return list(range(len(classes)))
+    place = {name: number for number, name in enumerate(classes)}
+    both = dict.fromkeys(place[one[side]] for one in confused for side in ("class", "taken_for"))
+    return sorted(list(both)[:FEW_CLASSES])
 
 
 def reliability(scores: Mapping[str, Any], *, form: Form = "svg") -> bytes | None:

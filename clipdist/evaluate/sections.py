@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipdist.evaluate import plots, score_plots
-from clipdist.evaluate.calibration import AT_BOUND
+from clipdist.evaluate.calibration import at_bound
 from clipdist.evaluate.subgroups import LEADING, shown_name
 
 # kind in the names of files: (title, draw(evaluation, form=...) -> bytes | None)
@@ -19,6 +19,7 @@ FIGURES: dict[str, tuple[str, Callable[..., bytes | None]]] = {
     "subgroups": ("Subgroups", score_plots.subgroups),
 }
 _MOST_ROWS = 60
+_MOST_NAMED = 30
 
 
 @dataclass(frozen=True)
@@ -94,16 +95,38 @@ def _pool(part: Mapping[str, Any]) -> Iterator[Section]:
 
 
 def _zero_shot(part: Mapping[str, Any]) -> Iterator[Section]:
-    titles = {"top-1": "Top-1", "top-5": "Top-5", "balanced_accuracy": "Balanced accuracy", "auroc": "AUROC"}
-    names = [name for name in titles if name in part]
-    head = ["", "Images", *(titles[name] for name in names)]
     text = (
         f"Classes of the field {part['field']}, named in {len(part['templates'])} prompts such as "
         f"“{part['templates'][0].replace('{}', part['prompts'][0][0])}”. Always naming the most frequent class would "
         f"be right for {part['majority']:.3f}. {_absent(part)}{_left_out(part)}"
     )
+    yield from _classes(part, "Zero-shot classification", text)
+
+
+def _classification(part: Mapping[str, Any]) -> Iterator[Section]:
+    number = len(part["classes"])
+    few = len(part.get("confusion", {}).get("classes", ())) > score_plots.MOST_CLASSES
+    text = (
+        f"{number:,} classes of the field {part['field']}. Always naming the most frequent class would be right for "
+        f"{part['majority']:.3f}. {_absent(part)}{_left_out(part)}"
+    )
+    text += f" The figure has the {score_plots.FEW_CLASSES} classes that are confused most." if few else ""
+    yield from _classes(part, "Classification", text)
+    confused = [
+        [one["class"], one["taken_for"], f"{one['rows']:,}", f"{one['of']:,}", f"{one['rows'] / one['of']:.3f}"]
+        for one in part["confused"]
+    ]
+    if confused:
+        head = ["Class", "Taken for", "Images", "of", "Share"]
+        yield Section("Classes confused most", "By the number of images.", head, confused)
+
+
+def _classes(part: Mapping[str, Any], title: str, text: str) -> Iterator[Section]:
+    titles = {"top-1": "Top-1", "top-5": "Top-5", "balanced_accuracy": "Balanced accuracy", "auroc": "AUROC"}
+    names = [name for name in titles if name in part]
+    head = ["", "Images", *(titles[name] for name in names)]
     rows: list[list[Any]] = [["all", f"{part['rows']:,}", *(part[name] for name in names)]]
-    yield Section("Zero-shot classification", text, head, rows, ["confusion"])
+    yield Section(title, text, head, rows, ["confusion"])
     each = [
         [name, f"{one['rows']:,}", one["recall"], one.get("auroc", "–")]
         for name, one in part["classes"].items()
@@ -118,11 +141,13 @@ def _calibration(part: Mapping[str, Any]) -> Iterator[Section]:
         [label, f"{part[key]['rows']:,}", *(part[key][name] for name in ("ece", "nll", "brier"))]
         for key, label in (("as_trained", "as trained"), ("scaled", f"divided by {part['divided_by']:.3g}"))
     ]
+    split = part["fitted_on"]
+    fitted = f"the temperature was fitted on the split {split}" if split else "no temperature was fitted"
     yield Section(
         "Calibration",
-        f"Are probabilities right as often as they say: the temperature was fitted on the split {part['fitted_on']}. "
+        f"Are probabilities right as often as they say: {fitted}. "
         "ECE (15 bins) is too high on average in small sets; its interval leans upwards."
-        + (f" Here {AT_BOUND}." if part["at_bound"] else ""),
+        + (f" Here {at_bound(part['divided_by'])}." if part["at_bound"] else ""),
         ["Probabilities", "Images", "ECE", "NLL", "Brier"],
         rows,
         ["reliability"],
@@ -185,7 +210,9 @@ def _subgroups(part: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
 
 
 def _absent(part: Mapping[str, Any]) -> str:
-    return f"Without an image, and so in no mean: {', '.join(part['absent'])}. " if part["absent"] else ""
+    names = part["absent"]
+    more = f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
+    return f"Without an image, and so in no mean: {', '.join(names[:_MOST_NAMED])}{more}. " if names else ""
 
 
 def _left_out(part: Mapping[str, Any]) -> str:
@@ -197,6 +224,7 @@ _PARTS: dict[str, Callable[..., Iterator[Section]]] = {
     "in_batch": _in_batch,
     "pool": _pool,
     "zero_shot": _zero_shot,
+    "classification": _classification,
     "calibration": _calibration,
     "probe": _probe,
     "query_candidates": _queries,

@@ -68,12 +68,14 @@ class Suite:
     ) -> None:
         self.asked, self.saved, self.shard_set, self.embeddings, self.group = asked, saved, shard_set, embeddings, group
         self.scale = 1 / saved.temperature
-        self.units = units_of(embeddings, asked.unit)
+        self.units = units_of(embeddings.fields, asked.unit)
         self.others: dict[str, Embeddings] = {}
 
     def parts(self, retrieval: Mapping[str, Measured]) -> list[Part]:
         """All parts asked for, in the order in which they are shown; subgroups see the scores of all before them."""
-        values = self._values()  # a field that cannot be used is named before anything takes time
+        values = values_of(
+            self.embeddings.fields, self.asked.by
+        )  # a field that cannot be used is named before anything takes time
         found = [
             *([self.in_batch(self.asked.in_batch)] if self.asked.in_batch else []),
             *([self.pool(self.asked.pool)] if self.asked.pool else []),
@@ -83,7 +85,7 @@ class Suite:
         measured = dict(retrieval)
         for part in found:
             measured |= part.measured
-        return [*found, *([self.subgroups(measured, values)] if values else [])]
+        return [*found, *([subgroups_part(measured, values, self._resampled())] if values else [])]
 
     def in_batch(self, batch: int) -> Part:
         from clipdist.evaluate.pools import in_batch_scores
@@ -125,7 +127,7 @@ class Suite:
         tolerance = self.scale * TIE_TOLERANCE
         scores = classification_scores(logits_NC, label_N, shown, tolerance=tolerance, **self._resampled())
         about = {"field": by, "prompts": prompts, "templates": templates, "left_out": left_out, "scale": self.scale}
-        table = "\n".join([scores.table(f"zero-shot by {by}"), *_left_out(left_out)])
+        table = "\n".join([scores.table(f"zero-shot by {by}"), *left_out_line(left_out)])
         found = [Part("zero_shot", {**scores.to_dict(), **about}, table, {"zero_shot": scores.measured})]
         if self.asked.calibrate:
             found.append(self._calibration(self.asked.calibrate, by, classes, class_CD, logits_NC, label_N, tolerance))
@@ -141,24 +143,23 @@ class Suite:
         label_N: np.ndarray,
         tolerance: float,
     ) -> Part:
-        from clipdist.evaluate.calibration import BOUNDS, calibration_scores, calibration_table, fit_temperature
+        from clipdist.evaluate.calibration import BOUNDS, calibrated, fit_temperature
         from clipdist.evaluate.zero_shot import class_logits, labels_of
 
         held = self._embedded(split)
         T = fit_temperature(
             class_logits(held.image_features_ND, class_CD, self.scale), labels_of(held.fields, by, classes)[0]
         )
-        before = calibration_scores(logits_NC, label_N, tolerance=tolerance, **self._resampled())
-        after = calibration_scores(logits_NC / T, label_N, tolerance=tolerance / T, **self._resampled())
-        body = {
-            "fitted_on": split,
-            "divided_by": T,
-            "temperature": T / self.scale,
-            "at_bound": not BOUNDS[0] < T < BOUNDS[1],
-            "as_trained": before.to_dict(),
-            "scaled": after.to_dict(),
-        }
-        return Part("calibration", body, calibration_table(before, after, T))
+        body, table = calibrated(
+            logits_NC,
+            label_N,
+            T,
+            fitted_on=split,
+            at_bound=not BOUNDS[0] < T < BOUNDS[1],
+            tolerance=tolerance,
+            **self._resampled(),
+        )
+        return Part("calibration", {**body, "temperature": T / self.scale}, table)
 
     def probe(self) -> Part:
         from clipdist.evaluate.probe import label_matrix, probe_scores, probe_table
@@ -183,7 +184,7 @@ class Suite:
             labels,
             classes,
             fractions=self.asked.fractions,
-            train_units=units_of(train, self.asked.unit),
+            train_units=units_of(train.fields, self.asked.unit),
             **self._resampled(),
         )
         metric = "AUROC" if several or len(classes) == 2 else "accuracy"
@@ -198,27 +199,8 @@ class Suite:
         }
         most = max(one.fraction for one in scores)
         measured = {f"{one.kind}_probe": one.measured for one in scores if one.fraction == most and one.measured}
-        table = "\n".join([probe_table(scores, f"{metric} of {', '.join(fields)}"), *_left_out(left_out)])
+        table = "\n".join([probe_table(scores, f"{metric} of {', '.join(fields)}"), *left_out_line(left_out)])
         return Part("probe", body, table, measured)
-
-    def _values(self) -> dict[str, list[Any]]:
-        """The values of each field that divides the images into subgroups."""
-        from clipdist.evaluate.subgroups import check_values
-
-        found = {}
-        for name in self.asked.by:
-            found[name] = [fields.get(name) for fields in self.embeddings.fields]
-            if all(value is None for value in found[name]):
-                known = sorted({key for fields in self.embeddings.fields for key in fields})
-                raise UserError(f"subgroups by {name!r}: no sample has it; the fields are: {', '.join(known) or '-'}")
-            check_values(found[name], name)
-        return found
-
-    def subgroups(self, measured: Mapping[str, Measured], values: Mapping[str, list[Any]]) -> Part:
-        from clipdist.evaluate.subgroups import subgroup_scores
-
-        found = [subgroup_scores(measured, some, field=name, **self._resampled()) for name, some in values.items()]
-        return Part("subgroups", [one.to_dict() for one in found], "\n\n".join(one.table() for one in found))
 
     def _resampled(self) -> dict[str, Any]:
         return {"units": self.units, "bootstrap": self.asked.bootstrap, "seed": self.asked.seed}
@@ -250,10 +232,33 @@ def embed_for(asked: Asked, saved: SavedModel, shard_set: ShardSet, split: str) 
     return embeddings
 
 
-def units_of(embeddings: Embeddings, unit: str) -> list[Any] | None:
-    """The units of the images, None where no image names one."""
-    units = [fields.get(unit) for fields in embeddings.fields]
+def units_of(fields: Sequence[Mapping[str, Any]], unit: str) -> list[Any] | None:
+    """The units of the images with these fields, None where no image names one."""
+    units = [one.get(unit) for one in fields]
     return units if any(one is not None for one in units) else None
+
+
+def values_of(fields: Sequence[Mapping[str, Any]], by: Sequence[str]) -> dict[str, list[Any]]:
+    """The images' values of each field in `by`, which divides them into subgroups."""
+    from clipdist.evaluate.subgroups import check_values
+
+    found = {}
+    for name in by:
+        found[name] = [one.get(name) for one in fields]
+        if all(value is None for value in found[name]):
+            known = sorted({key for one in fields for key in one})
+            raise UserError(f"subgroups by {name!r}: no sample has it; the fields are: {', '.join(known) or '-'}")
+        check_values(found[name], name)
+    return found
+
+
+def subgroups_part(
+    measured: Mapping[str, Measured], values: Mapping[str, list[Any]], resampled: Mapping[str, Any]
+) -> Part:
+    from clipdist.evaluate.subgroups import subgroup_scores
+
+    found = [subgroup_scores(measured, some, field=name, **resampled) for name, some in values.items()]
+    return Part("subgroups", [one.to_dict() for one in found], "\n\n".join(one.table() for one in found))
 
 
 def query_part(queries: Any, saved: SavedModel, bootstrap: int, seed: int = 0) -> Part:
@@ -276,7 +281,8 @@ def query_part(queries: Any, saved: SavedModel, bootstrap: int, seed: int = 0) -
     return Part("query_candidates", body, "\n".join([scores.table(), *notes]))
 
 
-def _left_out(counts: Mapping[str, int]) -> list[str]:
+def left_out_line(counts: Mapping[str, int]) -> list[str]:
+    """A line of what was left out, and how often; none for nothing."""
     if not counts:
         return []
     most = sorted(counts.items(), key=lambda one: -one[1])[:8]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from clipdist.data.labels import label_order
 from clipdist.errors import UserError
 from clipdist.evaluate.classification import ClassificationScores, classification_scores
 from clipdist.evaluate.cosines import TIE_TOLERANCE, Array, full_float32, same_width, unit_rows
@@ -119,7 +120,8 @@ def labels_of(
     when fewer than two classes occur.
     """
     found = [None if one.get(by) in (None, "") else str(one[by]) for one in fields]
-    classes = list(values) if values is not None else sorted({value for value in found if value is not None}, key=_key)
+    occurring = {value for value in found if value is not None}
+    classes = list(values) if values is not None else sorted(occurring, key=label_order)
     number = {value: place for place, value in enumerate(classes)}
     label_N = np.array([-1 if value is None else number.get(value, -1) for value in found], np.int64)
     left_out: dict[str, int] = {}
@@ -134,14 +136,6 @@ def labels_of(
             f"(there are: {', '.join(known) or 'no fields'})"
         )
     return label_N, classes, left_out
-
-
-def _key(value: str) -> tuple[bool, float, str]:
-    """Numbers in their order, then words."""
-    try:
-        return False, float(value), value
-    except ValueError:
-        return True, 0.0, value
 
 
 def _text(path: Path) -> str:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -12,9 +12,13 @@ from transformers import AutoConfig
 
 from clipdist.data.text import Tokenizer, train_wordpiece
 from clipdist.errors import UserError
+from clipdist.model.classifier import Classifier, ClassifyConfig
 from clipdist.model.dual_encoder import DualEncoder, ModelConfig
-from clipdist.model.published import start_from
+from clipdist.model.published import start_from, start_image_from
+from clipdist.model.tower_model import TowerModel
 from clipdist.model.towers import ImageTower, TextTower, resolve, text_source
+
+Model = TypeVar("Model", bound=TowerModel)
 
 
 def build_tokenizer(config: ModelConfig, captions: Iterable[str]) -> Tokenizer:
@@ -45,6 +49,23 @@ def build_model(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> DualEnc
     return model
 
 
+def build_classifier(config: ModelConfig, classify: ClassifyConfig, classes: int, seed: int) -> Classifier:
+    """As `build_model`; of a published dual encoder it takes the image tower."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        image = ImageTower(config.image)
+        model = Classifier(config, image, classes=classes, dropout=classify.dropout)
+    if config.init:
+        start_image_from(image, config.init)
+    return model
+
+
+def rebuild_classifier(config: ModelConfig, classify: ClassifyConfig, classes: int) -> Classifier:
+    """An untrained model of the right shape for saved weights; asks no hub."""
+    image = ImageTower(config.image, load_pretrained=False)
+    return Classifier(config, image, classes=classes, dropout=classify.dropout)
+
+
 def rebuild_model(config: ModelConfig, tokenizer: Tokenizer, text_config: Path) -> DualEncoder:
     """An untrained model of the right shape for saved weights; asks no hub."""
     stored = AutoConfig.from_pretrained(text_config)
@@ -53,13 +74,13 @@ def rebuild_model(config: ModelConfig, tokenizer: Tokenizer, text_config: Path) 
     return DualEncoder(config, image, text)
 
 
-def needs_whole_batch(model: DualEncoder) -> bool:
+def needs_whole_batch(model: TowerModel) -> bool:
     """Whether statistics of the batch are taken, which neither a rank's share nor a micro-batch knows."""
     norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     return norms and model.image.batch_norm != "frozen"
 
 
-def settle_batch_norm(model: DualEncoder, device: torch.device, ranks: int, micro_batches: int) -> DualEncoder:
+def settle_batch_norm(model: Model, device: torch.device, ranks: int, micro_batches: int) -> Model:
     """Batch statistics over the global batch, so that the result depends neither on the number of ranks nor on how a
     rank's rows are embedded."""
     if ranks == micro_batches == 1 or not needs_whole_batch(model):
@@ -79,7 +100,7 @@ def settle_batch_norm(model: DualEncoder, device: torch.device, ranks: int, micr
     return model
 
 
-def copy_of_shape(model: DualEncoder, device: torch.device) -> DualEncoder:
+def copy_of_shape(model: Model, device: torch.device) -> Model:
     """The same modules and buffers, with parameters on `device` that are zero."""
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=device), requires_grad=p.requires_grad)
@@ -87,5 +108,5 @@ def copy_of_shape(model: DualEncoder, device: torch.device) -> DualEncoder:
     }
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
-    copied: DualEncoder = copy.deepcopy(model, memo)
+    copied: Model = copy.deepcopy(model, memo)
     return copied

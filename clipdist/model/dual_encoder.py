@@ -4,8 +4,7 @@ b = rows, T = tokens, C = width of a tower, D = width of the joint embedding.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from clipdist.errors import UserError
+from clipdist.model.tower_model import TowerModel, blank_images
 from clipdist.model.towers import ImageTower, ImageTowerConfig, TextTower, TextTowerConfig
 from clipdist.settings import Share, field, settings
 
@@ -62,12 +62,6 @@ class Encoded(NamedTuple):
     logit_bias: Tensor | None
 
 
-class FeatureSource(Protocol):
-    """Gives what `tower(*inputs)` would give, [b, C]; no gradient is wanted."""
-
-    def __call__(self, tower: nn.Module, *inputs: Tensor) -> Tensor: ...
-
-
 class Temperature(nn.Module):
     """Holds log(1/temperature) and the bias, as shape-[1] parameters of a submodule: sharding engines refuse scalars
     and parameters of the root."""
@@ -108,56 +102,42 @@ def projection(config: ProjectionConfig, width_in: int, width_out: int) -> nn.Se
     return nn.Sequential(*layers)
 
 
-class DualEncoder(nn.Module):
-    """uint8 images [b, 3, H, W] and tokens [b, T] -> `Encoded`.
+class DualEncoder(TowerModel):
+    """uint8 images [b, 3, H, W] and tokens [b, T] -> `Encoded`."""
 
-    A tower that trains nowhere runs in evaluation mode and without a graph, so that neither its dropout nor its batch
-    statistics move, and it costs one forward pass alone.
-    """
+    heads = ("image_projection", "text_projection")
+    float32_heads = ("temperature",)  # in bfloat16 the logarithm of a scale of 100 would move in steps of 3 %
+    entries = ("encode_image", "encode_text")
 
     def __init__(self, config: ModelConfig, image: ImageTower, text: TextTower) -> None:
-        super().__init__()
-        self.config, self.image, self.text = config, image, text
+        super().__init__(config)
+        self.image, self.text = image, text
         self.image_projection = projection(config.projection, image.width, config.width)
         self.text_projection = projection(config.projection, text.width, config.width)
         self.temperature = Temperature(config.temperature)
-        self.feature_sources: Mapping[str, FeatureSource] = {}
-        """`image` or `text` -> where, in training, its features come from while that tower trains nowhere."""
+
+    @property
+    def towers(self) -> dict[str, ImageTower | TextTower]:
+        return {"image": self.image, "text": self.text}
+
+    @property
+    def joint_width(self) -> int:
+        return self.config.width
+
+    def example(self, rows: int, tokens: int, device: torch.device | None = None) -> tuple[Tensor, ...]:
+        token_ids = torch.ones(rows, tokens, dtype=torch.int64, device=device)
+        return blank_images(self.image.side, rows, device), token_ids, torch.ones_like(token_ids)
 
     def encode_image(self, images_b3HW: Tensor) -> Tensor:
         """[b, D] float32 unit vectors."""
-        features_bC = self._features("image", self.image, images_b3HW)
+        features_bC = self._features("image", images_b3HW)
         return F.normalize(self.image_projection(features_bC).float(), dim=1)
 
     def encode_text(self, token_ids_bT: Tensor, attention_mask_bT: Tensor) -> Tensor:
         """[b, D] float32 unit vectors."""
-        features_bC = self._features("text", self.text, token_ids_bT, attention_mask_bT)
+        features_bC = self._features("text", token_ids_bT, attention_mask_bT)
         return F.normalize(self.text_projection(features_bC).float(), dim=1)
-
-    def _features(self, name: str, tower: nn.Module, *inputs: Tensor) -> Tensor:
-        learns, source = trains(tower), self.feature_sources.get(name)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            if source is not None and self.training and not learns:
-                return source(tower, *inputs)
-            features_bC: Tensor = tower(*inputs)
-        return features_bC
 
     def forward(self, images_b3HW: Tensor, token_ids_bT: Tensor, attention_mask_bT: Tensor) -> Encoded:
         scale, bias = self.temperature()
         return Encoded(self.encode_image(images_b3HW), self.encode_text(token_ids_bT, attention_mask_bT), scale, bias)
-
-    def train(self, mode: bool = True) -> "DualEncoder":
-        super().train(mode)
-        if mode:
-            for tower in (self.image, self.text):
-                if not trains(tower):
-                    tower.eval()
-            if self.image.batch_norm == "frozen":
-                for module in self.image.modules():
-                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                        module.eval()
-        return self
-
-
-def trains(tower: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in tower.parameters())

@@ -3,10 +3,8 @@
 import logging
 from typing import Literal
 
-import torch
-
 from clipdist.errors import UserError
-from clipdist.model.dual_encoder import DualEncoder
+from clipdist.model.tower_model import TowerModel, total_of
 from clipdist.model.towers import ImageTower, TextTower
 from clipdist.settings import settings
 
@@ -17,7 +15,7 @@ Part = int | Literal["all", "none"]
 
 @settings
 class StageConfig:
-    """From an epoch on, what of each tower trains. Projections and temperature always do."""
+    """From an epoch on, what of each tower trains. What stands over the towers always does."""
 
     from_epoch: int = 0
     image: Part = "all"
@@ -40,11 +38,11 @@ def stage_of(stages: tuple[StageConfig, ...], epoch: int) -> StageConfig:
     return in_force
 
 
-def apply_stage(model: DualEncoder, stage: StageConfig, unused: frozenset[str]) -> None:
+def apply_stage(model: TowerModel, stage: StageConfig, unused: frozenset[str]) -> None:
     """Sets `requires_grad` of every parameter; `unused` names those that never reach the output and stay frozen."""
-    for prefix, tower, part in (("image", model.image, stage.image), ("text", model.text, stage.text)):
+    for prefix, tower in model.towers.items():
         used = {name for name, _ in tower.named_parameters() if f"{prefix}.{name}" not in unused}
-        chosen = _chosen(tower, part, used)
+        chosen = _chosen(tower, getattr(stage, prefix), used)
         for name, parameter in tower.named_parameters():
             parameter.requires_grad_(name in chosen)
     model.train(model.training)
@@ -62,7 +60,7 @@ def _chosen(tower: ImageTower | TextTower, part: Part, used: set[str]) -> set[st
     return {name for block in blocks[-part:] for name in block}
 
 
-def unused_parameters(model: DualEncoder) -> frozenset[str]:
+def unused_parameters(model: TowerModel) -> frozenset[str]:
     """Names of parameters that no gradient reaches, such as the pooler of a BERT whose tokens are averaged.
 
     Found by one small step, because a list of architectures would never be complete. Left trainable, they would make
@@ -72,13 +70,8 @@ def unused_parameters(model: DualEncoder) -> frozenset[str]:
     needed = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(True)
     model.eval()
-    side = model.image.side
-    images = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
-    tokens = torch.ones(1, 4, dtype=torch.int64, device=device)
-    encoded = model(images, tokens, tokens)
-    (encoded.image_features_bD.sum() + encoded.text_features_bD.sum() + encoded.logit_scale.sum()).backward()
+    total_of(model(*model.example(1, 4, device))).backward()
     unused = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-    unused -= {"temperature.bias"}  # the loss uses it, the towers do not
     model.zero_grad(set_to_none=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(needed[name])

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from clipdist.errors import UserError
 from clipdist.model.dual_encoder import DualEncoder
 from clipdist.model.rename import rename_text_transformer, rename_vision_transformer
+from clipdist.model.towers import ImageTower
 from clipdist.model.weight_files import find_folder, open_weights, read_json
 
 logger = logging.getLogger(__name__)
@@ -85,11 +86,7 @@ def start_from(model: DualEncoder, init: str) -> None:
     Raises `UserError` when the recipe has changed a tower so that they do not fit.
     """
     parts = _source(init).parts()
-    image: Any = model.image.model
-    if isinstance(image, VisionTransformer):
-        _take(image, checkpoint_filter_fn(dict(parts.image), image), init, "image")  # fits positions to another side
-    else:
-        _take(image, parts.image, init, "image")
+    _take_image(model.image, parts.image, init)
     text: Any = model.text.model
     # Earlier versions of transformers have one level more.
     names = {name.removeprefix("text_model."): name for name in text.state_dict()}
@@ -104,6 +101,19 @@ def start_from(model: DualEncoder, init: str) -> None:
             last.load_state_dict(dict(weights))
         else:
             logger.info("%s: the %s projection is new: the recipe asks for another one", init, name)
+
+
+@torch.no_grad()
+def start_image_from(tower: ImageTower, init: str) -> None:
+    """Gives an image tower, built as `describe` says, the published weights; raises as `start_from` does."""
+    _take_image(tower, _source(init).parts().image, init)
+
+
+def _take_image(tower: ImageTower, weights: Mapping[str, Tensor], init: str) -> None:
+    image: Any = tower.model
+    if isinstance(image, VisionTransformer):
+        weights = checkpoint_filter_fn(dict(weights), image)  # fits positions to another side
+    _take(image, weights, init, "image")
 
 
 def _take(module: nn.Module, weights: Mapping[str, Tensor], init: str, name: str) -> None:

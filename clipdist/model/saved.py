@@ -11,7 +11,7 @@ can prepare images or captions differently from training.
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,7 @@ from clipdist.data.text import Tokenizer
 from clipdist.errors import UserError, disk_errors
 from clipdist.model.build import rebuild_model
 from clipdist.model.dual_encoder import DualEncoder, ModelConfig
+from clipdist.model.tower_model import TowerModel
 from clipdist.model.towers import first_line
 
 FORMAT = "clipdist-model"
@@ -55,6 +56,24 @@ def save_model(
 
     Raises `DiskError` when the disk is full or fails, `UserError` when the folder cannot be written.
     """
+
+    def more(partial: Path) -> None:
+        model.text.hf_config.save_pretrained(partial / "text_config")
+        tokenizer.save(partial / "tokenizer")
+
+    save_folder(folder, model, {"model": asdict(model.config), "about": about}, scores, weights, more)
+
+
+def save_folder(
+    folder: Path,
+    model: TowerModel,
+    body: dict[str, Any],
+    scores: dict[str, Any],
+    weights: dict[str, torch.Tensor] | None,
+    more: Callable[[Path], None],
+) -> None:
+    """What `save_model` promises, for any model: `body` is what `model.json` says besides, `more` writes what else
+    belongs there."""
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():  # a call that failed between its two renames
         os.replace(old, folder)
@@ -63,7 +82,7 @@ def save_model(
     weights = model.state_dict() if weights is None else weights
     with disk_errors(folder):
         try:
-            _write(partial, model, weights, tokenizer, scores, about)
+            _write(partial, model, body, scores, weights, more)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk needs its space back
             raise
@@ -76,31 +95,25 @@ def save_model(
 
 def _write(
     partial: Path,
-    model: DualEncoder,
-    weights: dict[str, torch.Tensor],
-    tokenizer: Tokenizer,
+    model: TowerModel,
+    body: dict[str, Any],
     scores: dict[str, Any],
-    about: dict[str, Any],
+    weights: dict[str, torch.Tensor],
+    more: Callable[[Path], None],
 ) -> None:
     partial.mkdir(parents=True)
-    body = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "model": asdict(model.config),
-        "preprocessing": {
-            "side": model.image.side,
-            "resize": model.image.resize,
-            "interpolation": "bicubic, antialiased",
-            "mean": model.image.mean,
-            "std": model.image.std,
-        },
-        "about": about,
+    preprocessing = {
+        "side": model.image.side,
+        "resize": model.image.resize,
+        "interpolation": "bicubic, antialiased",
+        "mean": model.image.mean,
+        "std": model.image.std,
     }
-    (partial / "model.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    whole = {"format": FORMAT, "version": FORMAT_VERSION, "preprocessing": preprocessing, **body}
+    (partial / "model.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     (partial / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     save_file({name: plain(tensor) for name, tensor in weights.items()}, partial / "model.safetensors")
-    model.text.hf_config.save_pretrained(partial / "text_config")
-    tokenizer.save(partial / "tokenizer")
+    more(partial)
     for path in partial.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -112,13 +125,15 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def load(folder: str | Path, device: str | torch.device | None = None) -> "SavedModel":
-    """The model in `folder`, ready to encode; on the GPU when there is one, unless `device` says otherwise.
+def load(folder: str | Path, device: str | torch.device | None = None) -> Any:
+    """The model in `folder`, ready to use: a `SavedModel`, or a `SavedClassifier` where a classifier was trained; on
+    the GPU when there is one, unless `device` says otherwise.
 
     Raises `UserError` when the folder is missing, half-written or of another format version.
     """
     folder = Path(folder)
     path = folder / "model.json"
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         if body.get("format") != FORMAT or body.get("version") != FORMAT_VERSION:
@@ -126,42 +141,37 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> "Saved
                 f"{path}: found {body.get('format')!r} version {body.get('version')!r}, "
                 f"expected {FORMAT!r} version {FORMAT_VERSION}"
             )
+        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        if body.get("objective", "contrastive") == "classify":
+            from clipdist.model.saved_classifier import load_classifier
+
+            return load_classifier(folder, body, scores, device)
         config = TypeAdapter(ModelConfig).validate_python(body["model"])
         tokenizer = Tokenizer.load(folder / "tokenizer", config.text.max_tokens, config.text.fills)
         model = rebuild_model(config, tokenizer, folder / "text_config")
         model.load_state_dict(load_file(folder / "model.safetensors"))
-        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{folder}: not a finished model: {Path(error.filename or 'a file').name} is missing") from None
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged model ({type(error).__name__}: {first_line(error)})") from None
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return SavedModel(model.to(device).eval(), tokenizer, body["about"], scores, device)
 
 
-class SavedModel:
-    """A trained dual encoder with its own preprocessing. `scores` and `about` are what training wrote down."""
+def load_dual_encoder(folder: str | Path, device: str | torch.device | None = None) -> "SavedModel":
+    """As `load`; raises `UserError` for a classifier, which has no text tower."""
+    saved = load(folder, device)
+    if not isinstance(saved, SavedModel):
+        raise UserError(f"{folder}: found a classifier, which knows no texts; expected a dual encoder")
+    return saved
 
-    def __init__(
-        self,
-        model: DualEncoder,
-        tokenizer: Tokenizer,
-        about: dict[str, Any],
-        scores: dict[str, Any],
-        device: torch.device,
-    ) -> None:
-        self.model, self.tokenizer, self.about, self.scores, self.device = model, tokenizer, about, scores, device
 
-    @property
-    def width(self) -> int:
-        """Width of the joint embedding."""
-        return self.model.config.width
+class Saved:
+    """A trained model with its own preprocessing. `scores` and `about` are what training wrote down."""
 
-    @property
-    def temperature(self) -> float:
-        return float(1 / self.model.temperature()[0].detach())
+    def __init__(self, model: TowerModel, about: dict[str, Any], scores: dict[str, Any], device: torch.device) -> None:
+        self.model, self.about, self.scores, self.device = model, about, scores, device
 
     def preprocess(self, image: ImageLike) -> torch.Tensor:
         """One image -> uint8 [3, side, side], exactly as in evaluation during training.
@@ -181,13 +191,46 @@ class SavedModel:
             raise UserError(f"{name}: {error}") from None
 
     @torch.inference_mode()
-    def encode_image(self, images: Iterable[ImageLike], micro_batch: int = 64) -> np.ndarray:
-        """float32 [N, D] unit vectors, one row per image."""
+    def _each(
+        self, apply: Callable[[torch.Tensor], torch.Tensor], images: Iterable[ImageLike], micro_batch: int, width: int
+    ) -> np.ndarray:
+        """float32 [N, width]: what a method of the model, in evaluation mode, makes of the images' pixels."""
+        self.model.eval()
         parts = [
-            self.model.encode_image(torch.stack([self.preprocess(image) for image in some]).to(self.device))
+            apply(torch.stack([self.preprocess(image) for image in some]).to(self.device)).cpu()
             for some in _in_batches(images, micro_batch)
         ]
-        return torch.cat(parts).cpu().numpy() if parts else np.zeros((0, self.width), np.float32)
+        return torch.cat(parts).numpy() if parts else np.zeros((0, width), np.float32)
+
+
+class SavedModel(Saved):
+    """A trained dual encoder."""
+
+    model: DualEncoder
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        tokenizer: Tokenizer,
+        about: dict[str, Any],
+        scores: dict[str, Any],
+        device: torch.device,
+    ) -> None:
+        super().__init__(model, about, scores, device)
+        self.tokenizer = tokenizer
+
+    @property
+    def width(self) -> int:
+        """Width of the joint embedding."""
+        return self.model.config.width
+
+    @property
+    def temperature(self) -> float:
+        return float(1 / self.model.temperature()[0].detach())
+
+    def encode_image(self, images: Iterable[ImageLike], micro_batch: int = 64) -> np.ndarray:
+        """float32 [N, D] unit vectors, one row per image."""
+        return self._each(self.model.encode_image, images, micro_batch, self.width)
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str], micro_batch: int = 256) -> np.ndarray:

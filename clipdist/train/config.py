@@ -1,7 +1,7 @@
 """What a recipe's `train` section can say, and what of a recipe is checked before anything is loaded."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
@@ -13,7 +13,7 @@ from clipdist.model.freeze import StageConfig
 from clipdist.settings import settings
 from clipdist.train.engine import Precision
 from clipdist.train.launched import check_engine
-from clipdist.train.validate import MONITORS
+from clipdist.train.objective import IGNORED, MONITORS
 
 if TYPE_CHECKING:
     from clipdist.config import RunConfig
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 @settings
 class TrainConfig:
     global_batch: int
-    """Pairs per step over all ranks: each is contrasted with all the others."""
+    """Pairs per step over all ranks: each is contrasted with all the others. Images, for a classifier."""
     epochs: int
     micro_batch: NonNegativeInt | Literal["auto"] = 0
     """Pairs per rank that are in memory at a time, at most; 0: all of the rank's share; auto: as many as fit, by what a
-    row is measured to need. Less than the rank's share costs a second forward pass and changes no gradient."""
+    row is measured to need. Less than the rank's share changes no gradient; it costs a second forward pass, but for a
+    classifier."""
     precision: Precision = "fp32"
     tf32: bool = False
     """Lets GPUs round the factors of float32 matrix products to 10 bits: faster, and no longer float32's precision."""
@@ -38,7 +39,7 @@ class TrainConfig:
     stages: tuple[StageConfig, ...] = ()
     """What trains when; everything from the start when empty."""
     compile: bool = False
-    """torch.compile for both towers."""
+    """torch.compile for the towers."""
     processes: NonNegativeInt = 0
     """How many processes the run must have; 0: as many as are launched."""
     hang_minutes: NonNegativeFloat = 30.0
@@ -72,8 +73,10 @@ def check(config: "RunConfig", processes: int | None = None, gpus: bool | None =
     _check_cached_features(config)
     if train.precision == "fp16" and not gpus:
         raise UserError("train.precision=fp16 needs a GPU; without one use bf16 or fp32")
-    if config.evaluate.monitor not in MONITORS:
-        raise UserError(f"evaluate.monitor={config.evaluate.monitor!r}, expected one of {', '.join(MONITORS)}")
+    monitors = MONITORS[config.objective]
+    if config.evaluate.monitor not in monitors:
+        raise UserError(f"evaluate.monitor={config.evaluate.monitor!r}, expected one of {', '.join(monitors)}")
+    _check_ignored(config)
     if config.loss.kind == "sigmoid" and config.model.temperature.bias is None:
         raise UserError("loss.kind=sigmoid needs a logit bias: set model.temperature.bias=-10")
     if config.loss.kind == "infonce" and config.model.temperature.bias is not None:
@@ -82,6 +85,25 @@ def check(config: "RunConfig", processes: int | None = None, gpus: bool | None =
         raise UserError(f"name={config.name!r}: expected a plain folder name")
     ContrastiveLoss(**asdict(config.loss))
     check_engine(config)
+
+
+def _check_ignored(config: "RunConfig") -> None:
+    """`UserError` where a recipe sets what its objective never reads: whoever did so expects something of it."""
+    from clipdist.config import flat
+
+    own, found = flat(config), []
+    for key in IGNORED[config.objective]:
+        section = key.split(".")[0]
+        default: Any = type(getattr(config, section))()
+        standing = {f"{section}.{name}": value for name, value in flat(default).items()}
+        found += [name for name in own if name.startswith(key) and own[name] != standing.get(name)]
+    if config.objective == "classify" and any(stage.text != "all" for stage in config.train.stages):
+        found.append("train.stages: text")
+    if found:
+        raise UserError(
+            f"objective={config.objective} does not read {', '.join(found)}; leave it out of the recipe, or choose "
+            f"another objective"
+        )
 
 
 def _check_cached_features(config: "RunConfig") -> None:

@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from clipdist.model.dual_encoder import DualEncoder, Encoded
+from clipdist.model.dual_encoder import DualEncoder, Temperature
+from clipdist.model.tower_model import TowerModel
 from clipdist.train.optim import OptimConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -23,7 +24,7 @@ OptimizerState = dict[str, dict[str, Tensor]]
 
 
 class Inputs(NamedTuple):
-    """What a forward pass takes: uint8 [n, 3, H, W] and int64 [n, T] twice."""
+    """What a dual encoder's forward pass takes: uint8 [n, 3, H, W] and int64 [n, T] twice."""
 
     images_n3HW: Tensor
     token_ids_nT: Tensor
@@ -60,7 +61,7 @@ class Engine(ABC):
     needs_all_ranks = False
     """Whether each pass through a tower is a collective, in which all ranks must take part."""
 
-    def __init__(self, accelerator: Accelerator, model: DualEncoder, optim: OptimConfig) -> None:
+    def __init__(self, accelerator: Accelerator, model: TowerModel, optim: OptimConfig) -> None:
         self.accelerator, self.model, self.optim = accelerator, model, optim
 
     @property
@@ -73,8 +74,8 @@ class Engine(ABC):
         """Takes note that other parameters train now; called before the first step, and after each change."""
 
     @abstractmethod
-    def forward(self, inputs: Inputs) -> Encoded:
-        """One forward pass, in the run's precision."""
+    def forward(self, inputs: tuple[Tensor, ...]) -> Any:
+        """One forward pass of the model, in the run's precision."""
 
     @abstractmethod
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
@@ -86,8 +87,8 @@ class Engine(ABC):
 
     @abstractmethod
     def gradient_norms(self) -> dict[str, float]:
-        """L2 norms of the averaged gradient of `image`, `text` and `head` (projections and temperature), equal on all
-        ranks."""
+        """L2 norms of the averaged gradient of `image`, `text` and `head` (what stands over the towers), equal on all
+        ranks; 0 of what the model has not."""
 
     @abstractmethod
     def update(self, total_norm: float, max_norm: float, finite: bool) -> None:
@@ -106,12 +107,17 @@ class Engine(ABC):
 
     def clamp_temperature(self) -> None:
         """Puts a learned temperature back between its bounds; called after `update`."""
-        self.model.temperature.clamp()
+        self._temperature.clamp()
+
+    @property
+    def _temperature(self) -> Temperature:
+        assert isinstance(self.model, DualEncoder), "no other model has one"
+        return self.model.temperature
 
     def temperature(self) -> tuple[float, float | None]:
         """(logit scale, logit bias) as they are now."""
         with torch.no_grad():
-            scale, bias = self.model.temperature()
+            scale, bias = self._temperature()
         return float(scale), None if bias is None else float(bias)
 
     def gradient_exchange(self) -> Exchange | None:

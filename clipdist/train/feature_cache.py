@@ -33,8 +33,9 @@ from torch import Tensor, nn
 
 from clipdist import world
 from clipdist.errors import disk_errors
-from clipdist.model.dual_encoder import ModelConfig, trains
+from clipdist.model.dual_encoder import ModelConfig
 from clipdist.model.freeze import StageConfig
+from clipdist.model.tower_model import trains
 from clipdist.train.checkpoint import newest_step
 from clipdist.train.engine import Engine
 from clipdist.train.feature_file import Index, Layout, OwnFile

@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipdist.model.build import copy_of_shape
-from clipdist.model.dual_encoder import DualEncoder
 from clipdist.model.freeze import StageConfig, apply_stage
+from clipdist.model.tower_model import TowerModel, total_of
 
 ROWS = 2
 # How timm and transformers remember, in any module, that activations are to be computed again.
@@ -30,21 +30,21 @@ CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
 class FlopCount:
     """Made of the model before an engine or the compiler changes it; costs no memory for weights."""
 
-    def __init__(self, model: DualEncoder, unused: frozenset[str]) -> None:
+    def __init__(self, model: TowerModel, unused: frozenset[str]) -> None:
         """`unused` names the parameters that never reach the output."""
         self._model, self._unused = copy_of_shape(model, torch.device("meta")), unused
 
     def of_a_step(self, stage: StageConfig, tokens: int, global_batch: int) -> float:
         """Operations of one step over the global batch, whose captions are padded to `tokens`; a multiplication and
         an addition count as two. Leaves random states as they were."""
-        return global_batch * self.of_a_pair(stage, tokens) + loss_flops(global_batch, self._model.config.width)
+        return global_batch * self.of_a_pair(stage, tokens) + loss_flops(global_batch, self._model.joint_width)
 
     def of_a_locked_tower(self, name: str, stage: StageConfig, tokens: int) -> float:
         """Of `of_a_pair`, what the tower `name` has, which trains nowhere in this stage."""
         return self.of_a_pair(stage, tokens) - self.of_a_pair(stage, tokens, without=name)
 
     def of_a_pair(self, stage: StageConfig, tokens: int, without: str = "") -> float:
-        """Operations of both towers, forward and backward, for one pair; `without` names a locked tower that is not
+        """Operations of the model, forward and backward, for one pair; `without` names a locked tower that is not
         run."""
         model = copy_of_shape(self._model, torch.device("cpu"))
         if without:
@@ -55,14 +55,10 @@ class FlopCount:
             for name in CHECKPOINTING:
                 if getattr(module, name, False) is True:
                     setattr(module, name, False)
-        side = model.image.side
-        images = torch.zeros(ROWS, 3, side, side, dtype=torch.uint8)
-        token_ids = torch.ones(ROWS, tokens, dtype=torch.int64)
         # Fused attention computes scores a second time in its backward pass, and the counter would count them.
         plain = sdpa_kernel(SDPBackend.MATH)
         with torch.random.fork_rng(devices=[]), plain, FlopCounterMode(display=False) as counter:
-            encoded = model(images, token_ids, torch.ones_like(token_ids))
-            total = encoded.image_features_bD.sum() + encoded.text_features_bD.sum()
+            total = total_of(model(*model.example(ROWS, tokens)))
             if total.requires_grad:
                 total.backward()
         return float(counter.get_total_flops()) / ROWS

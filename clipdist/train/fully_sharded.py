@@ -27,9 +27,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from clipdist import world
-from clipdist.model.dual_encoder import DualEncoder, Encoded
+from clipdist.model.tower_model import TowerModel
 from clipdist.model.towers import ImageTower, TextTower
-from clipdist.train.engine import PRECISIONS, Engine, Inputs, OptimizerState
+from clipdist.train.engine import PRECISIONS, Engine, OptimizerState
 from clipdist.train.optim import OptimConfig, build_optimizer, gradient_norms
 
 
@@ -49,7 +49,7 @@ class FullyShardedEngine(Engine):
     needs_all_ranks = True
 
     def __init__(
-        self, accelerator: Accelerator, model: DualEncoder, optim: OptimConfig, options: ShardingOptions
+        self, accelerator: Accelerator, model: TowerModel, optim: OptimConfig, options: ShardingOptions
     ) -> None:
         super().__init__(accelerator, model, optim)
         self._mesh = init_device_mesh(accelerator.device.type, (world.connected().world_size,))
@@ -69,24 +69,23 @@ class FullyShardedEngine(Engine):
         # Inputs stay as autocast makes them: cast here, the residual stream would lose bits that replicas keep.
         policy = MixedPrecisionPolicy(self._half, torch.float32, cast_forward_inputs=False)
         model = self.model
-        towers = [*units(model.image), model.image, *units(model.text), model.text]
-        for unit in (*towers, model.image_projection, model.text_projection):
+        towers = [unit for tower in model.towers.values() for unit in (*units(tower), tower)]
+        for unit in (*towers, *map(model.get_submodule, model.heads)):
             unit.register_forward_hook(own_memory)
             fully_shard(unit, mp_policy=policy, **common)
-        # In bfloat16 the logarithm of a scale of 100 would move in steps of 3 %.
-        fully_shard(model.temperature, mp_policy=MixedPrecisionPolicy(), **common)
+        for unit in map(model.get_submodule, model.float32_heads):
+            fully_shard(unit, mp_policy=MixedPrecisionPolicy(), **common)
         fully_shard(model, **common)  # it has no parameters of its own; a pass of any kind must begin with it
-        for method in ("encode_image", "encode_text"):
+        for method in model.entries:
             register_fsdp_forward_method(model, method)
 
     def enter_stage(self) -> None:
         """Nothing to do: sharded parameters hand their `requires_grad` on when they are gathered."""
 
-    def forward(self, inputs: Inputs) -> Encoded:
+    def forward(self, inputs: tuple[Tensor, ...]) -> Any:
         self._gathers += 1
         with self.accelerator.autocast():
-            encoded: Encoded = self.model(*inputs)
-        return encoded
+            return self.model(*inputs)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:

@@ -21,7 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from clipdist import world
 from clipdist.errors import UserError
-from clipdist.model.dual_encoder import DualEncoder
+from clipdist.model.tower_model import TowerModel
 from clipdist.train.engine import Engine, Precision
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _without(variables: dict[str, str]) -> Iterator[None]:
         os.environ.update(kept)
 
 
-def make_engine(accelerator: Accelerator, model: DualEncoder, config: "RunConfig") -> Engine:
+def make_engine(accelerator: Accelerator, model: TowerModel, config: "RunConfig") -> Engine:
     """All ranks call it with equal models, in a process group if there are several."""
     from clipdist.train.replicated import ReplicatedEngine
 

@@ -45,9 +45,10 @@ def _train(config: "RunConfig") -> int:
         say(trainer, f"{trainer.folder.path} is finished: step {progress.step:,}, nothing to do")
         return FINISHED
     engine = f" ({trainer.engine.name})" if trainer.world.world_size > 1 else ""
+    what = trainer.objective.what
     say(
         trainer,
-        f"{trainer.folder.path}: {trainer.total_steps:,} steps of {trainer.order.global_batch} pairs, "
+        f"{trainer.folder.path}: {trainer.total_steps:,} steps of {trainer.order.global_batch} {what}, "
         f"{per_epoch:,} per epoch, processes: {trainer.world.world_size}{engine}, from step {progress.step:,}",
     )
     if progress.step == trainer.total_steps:  # the recipe now ends where an earlier one went on
@@ -81,7 +82,7 @@ def _train(config: "RunConfig") -> int:
             if trainer.val_split is not None and (epoch % config.evaluate.every_epochs == 0 or last):
                 with trainer.averaged():
                     scores, enough = trainer.validate()
-                say(trainer, describe_validation(epoch, scores))
+                say(trainer, f"epoch {epoch} validation: {trainer.objective.describe_validation(scores)}")
                 progress.finished = enough
                 trainer.begin_interval()
             progress.finished = progress.finished or last
@@ -116,15 +117,7 @@ def describe(trainer: Trainer, record: dict[str, Any]) -> str:
         told = f" rank {record['perf/slowest_rank']} ({record['perf/slowest_host']}) is waited for {straggler:.0%}"
     return (
         f"step {step:,}/{trainer.total_steps:,} epoch {trainer.epoch_of(step - 1) + 1}/{trainer.config.train.epochs} "
-        f"loss {record['train/loss']:.4f} lr {record['train/lr']:.2e} temperature {record['train/temperature']:.3f} "
-        f"{record['perf/samples_per_second']:,.0f} pairs/s wait {record['data/wait_fraction']:.0%} "
+        f"loss {record['train/loss']:.4f} lr {record['train/lr']:.2e} {trainer.objective.describe(record)} "
+        f"{record['perf/samples_per_second']:,.0f} {trainer.objective.what}/s wait {record['data/wait_fraction']:.0%} "
         f"left {left / 60:.0f} min{told}"
-    )
-
-
-def describe_validation(epoch: int, scores: dict[str, float]) -> str:
-    return (
-        f"epoch {epoch} validation: loss {scores['val/loss']:.4f}, gallery {scores['val/gallery']:,.0f}, "
-        f"image→text R@1 {scores['val/image_to_text/R@1']:.3f} R@5 {scores['val/image_to_text/R@5']:.3f}, "
-        f"text→image R@1 {scores['val/text_to_image/R@1']:.3f} R@5 {scores['val/text_to_image/R@5']:.3f}"
     )

@@ -21,8 +21,8 @@ from clipdist import world
 from clipdist.errors import UserError
 from clipdist.loss.tiles import tile_shape
 from clipdist.model.build import needs_whole_batch
-from clipdist.model.dual_encoder import DualEncoder
 from clipdist.model.freeze import StageConfig, apply_stage
+from clipdist.model.tower_model import TowerModel
 
 SAFE_SHARE = 0.85
 """Of the free memory: allocators round up and leave gaps, libraries take workspaces."""
@@ -83,7 +83,7 @@ def even_micro_batch(rows: int, most: int) -> int:
 
 
 def choose_micro_batch(
-    model: DualEncoder,
+    model: TowerModel,
     unused: frozenset[str],
     stages: Sequence[StageConfig],
     *,
@@ -122,7 +122,7 @@ def choose_micro_batch(
 
 
 def estimate_step(
-    model: DualEncoder,
+    model: TowerModel,
     unused: frozenset[str],
     stages: Sequence[StageConfig],
     *,
@@ -152,7 +152,7 @@ def estimate_step(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
         model.train(was_training)
-    around = _around_the_towers(rows, model.config.width, model.image.side, device, tile)
+    around = _around_the_towers(rows, model.joint_width, model.image.side, device, tile)
     return Estimate(math.ceil(max(e[0] for e in estimates) + around), math.ceil(max(e[1] for e in estimates)))
 
 
@@ -160,6 +160,8 @@ def _around_the_towers(rows: int, width: int, side: int, device: torch.device, t
     """Bytes of a step that depend on the batch and not on the micro-batch."""
     global_batch = rows * world.connected().world_size
     images = 2 * rows * 3 * side * side  # this step's and the next's, uint8
+    if not width:  # a loss that adds up over micro-batches
+        return images
     # float32: own features, their gradients, the loss' scaled copies, targets and pulls, of both sides; all features.
     features = 4 * width * (10 * rows + 2 * global_batch)
     tile_rows, tile_columns = tile_shape(device, tile)
@@ -167,14 +169,12 @@ def _around_the_towers(rows: int, width: int, side: int, device: torch.device, t
     return images + features + tiles
 
 
-def kept_bytes(model: DualEncoder, rows: int, tokens: int, precision: torch.dtype) -> Kept:
-    """Runs both towers forward and counts each piece of memory that autograd keeps once; weights, buffers and inputs
+def kept_bytes(model: TowerModel, rows: int, tokens: int, precision: torch.dtype) -> Kept:
+    """Runs the model forward and counts each piece of memory that autograd keeps once; weights, buffers and inputs
     are no part of it. Leaves random states and buffers as they were."""
     device = next(model.parameters()).device
-    images = torch.zeros(rows, 3, model.image.side, model.image.side, dtype=torch.uint8, device=device)
-    token_ids = torch.ones(rows, tokens, dtype=torch.int64, device=device)
-    mask = torch.ones_like(token_ids)
-    known = {_place(t) for t in (*model.parameters(), *model.buffers(), images, token_ids, mask)}
+    inputs = model.example(rows, tokens, device)
+    known = {_place(t) for t in (*model.parameters(), *model.buffers(), *inputs)}
     found: dict[int, int] = {}
     largest = 0
 
@@ -197,8 +197,8 @@ def kept_bytes(model: DualEncoder, rows: int, tokens: int, precision: torch.dtyp
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32),
         ):
-            encoded = model(images, token_ids, mask)
-        del encoded
+            made = model(*inputs)
+        del made
     finally:
         for handle in handles:
             handle.remove()

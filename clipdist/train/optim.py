@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from clipdist.errors import UserError
-from clipdist.model.dual_encoder import DualEncoder
+from clipdist.model.tower_model import TowerModel
 from clipdist.settings import Share, settings
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -18,7 +18,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimConfig:
     lr: NonNegativeFloat = 5e-4
     image_lr_scale: NonNegativeFloat = 1.0
-    """Multiplies `lr` for the image tower; likewise for the text tower. Projections and temperature use `lr`."""
+    """Multiplies `lr` for the image tower; likewise for the text tower. What stands over them uses `lr`."""
     text_lr_scale: NonNegativeFloat = 1.0
     weight_decay: NonNegativeFloat = 0.1
     """On matrices; never on biases, norms and the temperature."""
@@ -34,7 +34,7 @@ class OptimConfig:
     """Validations without improvement before the learning rate is multiplied by `plateau_factor`."""
 
 
-def build_optimizer(model: DualEncoder, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(model: TowerModel, config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW over all parameters, frozen ones too: a frozen one has no gradient and is passed over, so stages need
     no rebuilding. Each group carries `lr_scale` and `part`."""
     scales = {"image": config.image_lr_scale, "text": config.text_lr_scale}
@@ -110,20 +110,20 @@ class Schedule:
 
 
 def part_of(name: str) -> str:
-    """Of a parameter's name: `image`, `text`, or `head`, which is projections and temperature."""
+    """Of a parameter's name: `image`, `text`, or `head`, which is all that stands over the towers."""
     part = name.split(".")[0]
     return part if part in ("image", "text") else "head"
 
 
 def gradient_norms(gradients: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
-    """L2 norm of the gradient of each part: image, text, and head (projections and temperature)."""
+    """L2 norm of the gradient of each part: image, text, and head; 0 of one that has none."""
     parts: dict[str, list[torch.Tensor]] = {"image": [], "text": [], "head": []}
     for name, gradient in gradients:
         parts[part_of(name)].append(gradient)
     return {part: float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0 for part, grads in parts.items()}
 
 
-def moving_statistics(model: DualEncoder) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def moving_statistics(model: TowerModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(buffer, copy of it) of every batch normalisation that is about to update its running statistics."""
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training]
     return [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]

@@ -83,12 +83,13 @@ class Profile:
 
     steps: int
     parts: dict[str, float]
-    """Of each of `PARTS`; they add up to `step_seconds`."""
+    """Of each of `PARTS` that there is; they add up to `step_seconds`."""
     step_seconds: float
     plain_seconds: float
     """Of a step that nothing looks into, as training runs them."""
     pairs_per_second: float
     """Over all processes, by the plain steps."""
+    what: str = "pairs"
     figures: dict[str, float] = field(default_factory=dict)
     """Metrics of these steps: memory, arithmetic and communication."""
 
@@ -96,10 +97,9 @@ class Profile:
 @contextmanager
 def observed(trainer: Trainer, watch: Stopwatch) -> Iterator[None]:
     """Has the trainer's own towers, loss, engine and optimiser pass by the stopwatch."""
-    model, engine, criterion = trainer.model, trainer.engine, trainer.criterion
+    engine = trainer.engine
     places: list[tuple[Any, str, str]] = [
-        (model, "encode_image", "image tower"),
-        (model, "encode_text", "text tower"),
+        *trainer.objective.timed(trainer.model),
         (engine, "backward", "backward"),
         (engine, "gradient_norms", "optimiser"),
         (engine, "update", "optimiser"),
@@ -107,16 +107,14 @@ def observed(trainer: Trainer, watch: Stopwatch) -> Iterator[None]:
     before = [vars(owner).get(name) for owner, name, _ in places]
     for owner, name, part in places:
         setattr(owner, name, watch.timed(part, getattr(owner, name)))
-    trainer.criterion = watch.timed("loss", criterion)  # type: ignore[assignment]
     try:
         yield
     finally:
-        trainer.criterion = criterion
         for (owner, name, _), own in zip(places, before, strict=True):
             if own is None:
                 delattr(owner, name)  # the method of its class shows again
             else:
-                setattr(owner, name, own)  # an engine's
+                setattr(owner, name, own)  # an engine's, or an objective's
 
 
 def measure(trainer: Trainer, steps: int, trace: Path | None = None) -> list[Profile]:
@@ -197,10 +195,10 @@ def _record(trainer: Trainer, batches: Iterator[Batch], watch: Stopwatch, trace:
 
 
 def _summary(trainer: Trainer, watch: Stopwatch, steps: int, plain: float, figures: dict[str, float]) -> Profile:
-    parts = {name: watch.seconds[name] / steps for name in PARTS}
+    parts = {name: watch.seconds[name] / steps for name in PARTS if name not in trainer.objective.absent_parts}
     assert watch.seconds.keys() <= set(PARTS)
     if trainer.step_flops:  # known to rank 0
         peak = device_peak(trainer.device, trainer.config.train.precision)
         figures = figures | arithmetic(trainer.step_flops, plain, trainer.world.world_size, peak)
     speed = trainer.order.global_batch / plain
-    return Profile(steps, parts, sum(parts.values()), plain, speed, figures)
+    return Profile(steps, parts, sum(parts.values()), plain, speed, trainer.objective.what, figures)

@@ -87,11 +87,11 @@ def _heading(recipe: Path, trainer: "Trainer") -> str:
     device = trainer.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     processes = trainer.world.world_size
-    rows = trainer.order.global_batch // processes
+    rows, what = trainer.order.global_batch // processes, trainer.objective.what
     parts = "" if trainer.micro_batch == rows else f", {trainer.micro_batch} at a time"
     return (
-        f"{recipe}: steps of {trainer.order.global_batch:,} pairs, processes: {processes} "
-        f"({rows:,} pairs each{parts}), {name}, {trainer.config.train.precision}"
+        f"{recipe}: steps of {trainer.order.global_batch:,} {what}, processes: {processes} "
+        f"({rows:,} {what} each{parts}), {name}, {trainer.config.train.precision}"
     )
 
 
@@ -114,7 +114,7 @@ def table(heading: str, profiles: list["Profile"], trace: Path | None = None) ->
     lines += [
         f"{'a step':18}{1e3 * total:10.2f}{sum(shares):8.1f}%",
         "",
-        f"{'speed':18}{first.pairs_per_second:,.1f} pairs/s, {first.pairs_per_second / ranks:,.1f} per process, "
+        f"{'speed':18}{first.pairs_per_second:,.1f} {first.what}/s, {first.pairs_per_second / ranks:,.1f} per process, "
         f"in {first.steps} plain steps of {1e3 * plain:,.2f} ms",
         f"{'cost of timing':18}{100 * (total / plain - 1):+.1f}%: the timed steps against the plain ones between them",
         *_figures(profiles),

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipdist import world
-from clipdist.model.dual_encoder import DualEncoder, Encoded
-from clipdist.train.engine import Engine, Exchange, Inputs, OptimizerState
+from clipdist.model.tower_model import TowerModel
+from clipdist.train.engine import Engine, Exchange, OptimizerState
 from clipdist.train.optim import OptimConfig, build_optimizer, gradient_norms
 
 
 class ReplicatedEngine(Engine):
     """One process, or distributed data parallelism (DDP)."""
 
-    def __init__(self, accelerator: Accelerator, model: DualEncoder, optim: OptimConfig) -> None:
+    def __init__(self, accelerator: Accelerator, model: TowerModel, optim: OptimConfig) -> None:
         super().__init__(accelerator, model, optim)
         self.optimizer: Any = accelerator.prepare_optimizer(build_optimizer(model, optim))
         self._wrapped: nn.Module | None = None
@@ -52,11 +52,10 @@ class ReplicatedEngine(Engine):
                 self.model.forward = own  # type: ignore[method-assign]
         self._wrapped.zero_grad(set_to_none=True)
 
-    def forward(self, inputs: Inputs) -> Encoded:
+    def forward(self, inputs: tuple[Tensor, ...]) -> Any:
         assert self._wrapped is not None, "enter_stage comes first"
         with self.accelerator.autocast():
-            encoded: Encoded = self._wrapped(*inputs)
-        return encoded
+            return self._wrapped(*inputs)
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last else self.accelerator.no_sync(self._wrapped)

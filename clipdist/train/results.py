@@ -7,7 +7,7 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from clipdist.model.saved import plain, save_model
+from clipdist.model.saved import plain
 
 if TYPE_CHECKING:
     from clipdist.train.trainer import Trainer
@@ -33,13 +33,13 @@ def keep_model(trainer: "Trainer", scores: dict[str, Any]) -> None:
         return
     about = {
         **described(trainer, trainer.config.data.train_split),
+        "val_split": trainer.config.data.val_split,
         "epoch": trainer.progress.step / trainer.order.steps_per_epoch,
-        "groups": trainer.config.data.groups,
         "license": trainer.data.license,
         "notes": trainer.data.notes,
     }
     folder = trainer.folder.path / "model"
-    write = partial(save_model, folder, trainer.model, trainer.tokenizer, scores=scores, about=about, weights=weights)
+    write = partial(trainer.objective.save, folder, trainer.model, weights, scores, about)
     # They may be the model's own, which goes on training.
     trainer.saver.first(
         str(folder), write, keep=lambda: weights.update({name: plain(tensor) for name, tensor in weights.items()})

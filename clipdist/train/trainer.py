@@ -1,7 +1,4 @@
-"""What a training run holds, and its single actions; `loop.py` puts them in order.
-
-b = rows on this rank, B = rows in the global batch, D = width of the joint embedding.
-"""
+"""What a training run holds, and its single actions; `loop.py` puts them in order."""
 
 import logging
 import math
@@ -15,37 +12,29 @@ import numpy as np
 import torch
 
 from clipdist import heartbeat, world
-from clipdist.data.caching import open_cache
 from clipdist.data.loader import MASK_64, Batch, TrainLoader
 from clipdist.data.mixing import Mixture
 from clipdist.data.order import philox
-from clipdist.data.rows import TrainRows
 from clipdist.data.sets.index import open_or_index
-from clipdist.data.shards import write_atomically
-from clipdist.data.text import Tokenizer, captions_of
-from clipdist.errors import UserError, disk_errors
-from clipdist.evaluate.embed import embed_split
-from clipdist.loss import ContrastiveLoss
-from clipdist.model.build import build_model, build_tokenizer, settle_batch_norm
-from clipdist.model.dual_encoder import DualEncoder
+from clipdist.errors import UserError
+from clipdist.model.build import settle_batch_norm
 from clipdist.model.freeze import StageConfig, apply_stage, stage_of, unused_parameters
+from clipdist.model.tower_model import TowerModel
 from clipdist.train.bad_samples import BadSamples
 from clipdist.train.checkpoint import CheckpointSaver, read_checkpoint
-from clipdist.train.collapse import CollapseWatch
 from clipdist.train.config import check
 from clipdist.train.ema import WeightAverage
-from clipdist.train.engine import PRECISIONS, Engine, Inputs
+from clipdist.train.engine import PRECISIONS, Engine
 from clipdist.train.feature_cache import FeatureCaches
 from clipdist.train.flops import FlopCount
 from clipdist.train.launched import make_accelerator, make_engine
 from clipdist.train.metrics import MetricsWriter, arithmetic, communication, device_peak, last_step, memory
 from clipdist.train.micro_batch import choose_micro_batch, even_micro_batch, out_of_memory
+from clipdist.train.objective import HIGHER_IS_BETTER, Objective, make_objective
 from clipdist.train.optim import Schedule, moving_statistics, part_of
 from clipdist.train.results import described, keep_model
 from clipdist.train.run_folder import RunFolder, open_run, write_environment
-from clipdist.train.step import compute_gradient
 from clipdist.train.stragglers import Stragglers
-from clipdist.train.validate import MONITORS, validate
 
 if TYPE_CHECKING:
     from clipdist.config import RunConfig
@@ -96,7 +85,8 @@ class Trainer:
         self.schedule = Schedule(config.optim, self.total_steps)
         stage_of(config.train.stages, 0)
         self.folder: RunFolder = open_run(config, self.data, self.world)
-        self.tokenizer = self._tokenizer()
+        self.objective: Objective = make_objective(config, self.order)
+        self.objective.prepare(self.folder, self.split, self.val_split)
         self._build()
         self.progress = Progress()
         if self.folder.checkpoint:
@@ -112,53 +102,34 @@ class Trainer:
         self.writer = MetricsWriter(here[0], config.log, here[1]) if self.world.is_main else None
         self.bad_samples = BadSamples(*here)
         self.stragglers = Stragglers(self.device)
-        self.collapse = CollapseWatch(self.criterion, config.train.global_batch, self.order.steps_per_epoch)
         self.interval = Interval()
-
-    def _tokenizer(self) -> Tokenizer:
-        """Made once by rank 0, kept with the run, and read back by everyone."""
-        kept = self.folder.path / "tokenizer"
-        complete = kept / "complete"
-        # What a start without a checkpoint left may come from another recipe.
-        if self.world.is_main and not (self.folder.checkpoint and complete.exists()):
-            tokenizer = build_tokenizer(self.config.model, captions_of(self.split))
-            self.split.let_go()
-            with disk_errors(kept):
-                tokenizer.save(kept)
-                write_atomically(complete, b"")
-        world.barrier()
-        return Tokenizer.load(kept, self.config.model.text.max_tokens, self.config.model.text.fills)
 
     def _build(self) -> None:
         config = self.config
-        model = build_model(config.model, self.tokenizer, config.seed).to(self.device)
+        model = self.objective.build().to(self.device)
         self.unused = unused_parameters(model)
-        self.temperature_learns = config.model.temperature.learned
         self.flop_count = FlopCount(model, self.unused)
         self.step_flops: float | None = None
         rows = config.train.global_batch // self.world.world_size
         self.micro_batch = self._micro_batch(model, rows)
         model = settle_batch_norm(model, self.device, self.world.world_size, -(-rows // self.micro_batch))
         if config.train.compile:
-            model.image.compile()
-            # Captions are as long as a batch's longest: one graph for every length, the same wherever a run goes on.
-            model.text.compile(dynamic=True)
+            model.compile_towers()
         self.sizes = {name: p.numel() for name, p in model.named_parameters()}
-        towers = {part: sum(n for name, n in self.sizes.items() if part_of(name) == part) for part in ("image", "text")}
+        towers = {part: sum(n for name, n in self.sizes.items() if part_of(name) == part) for part in model.towers}
         self.parameters = {f"{part} tower": size for part, size in towers.items()}
         self.parameters["total"] = sum(self.sizes.values())
-        self.criterion = ContrastiveLoss(**asdict(config.loss))
         self.engine: Engine = make_engine(self.accelerator, model, config)
         self.average = WeightAverage(self.engine, config.train.ema) if config.train.ema else None
         self.stage: StageConfig | None = None
         self.features = FeatureCaches(config, self.engine, self.folder)
 
     @property
-    def model(self) -> DualEncoder:
+    def model(self) -> TowerModel:
         """What computes now; its parameters may be in parts, one on each rank."""
         return self.engine.model
 
-    def _micro_batch(self, model: DualEncoder, rows: int) -> int:
+    def _micro_batch(self, model: TowerModel, rows: int) -> int:
         """Of this rank's `rows`, how many are embedded at a time."""
         config = self.config
         if config.train.micro_batch != "auto":
@@ -196,10 +167,9 @@ class Trainer:
         self.engine.enter_stage()
         if self.world.is_main:
             logger.info(
-                "epoch %d on: image %s, text %s; %s of %s parameters train",
+                "epoch %d on: %s; %s of %s parameters train",
                 epoch,
-                stage.image,
-                stage.text,
+                ", ".join(f"{name} {getattr(stage, name)}" for name in self.model.towers),
                 f"{sum(self.sizes[name] for name, p in self.model.named_parameters() if p.requires_grad):,}",
                 f"{self.parameters['total']:,}",
             )
@@ -228,12 +198,7 @@ class Trainer:
             self.progress.digest = 0  # the sum over ranks counts what came before once
 
     def batches(self) -> TrainLoader:
-        config, side = self.config.data, self.model.image.side
-        cache = open_cache(config, self.split, self.tokenizer, side) if config.cache == "decoded" else None
-        resize = self.model.image.resize
-        rows = TrainRows(
-            self.split, self.order, config, side=side, resize=resize, tokenizer=self.tokenizer, cache=cache
-        )
+        rows = self.objective.rows(self.split, side=self.model.image.side, resize=self.model.image.resize)
         return TrainLoader(
             rows,
             rank=self.world.rank,
@@ -250,18 +215,15 @@ class Trainer:
         """
         lr = self.schedule.apply(self.engine.param_groups, batch.step)
         statistics = moving_statistics(self.model)
-        inputs = Inputs(batch.images_b3HW, batch.token_ids_bT, batch.attention_mask_bT)
         self._count_flops(batch)
         with out_of_memory(self.micro_batch, len(batch), self.config.train.precision):
-            gradient = compute_gradient(
-                self.engine, self.criterion, inputs, batch.group_b, self.micro_batch, partial(self._seed, batch.step)
-            )
+            seed = partial(self._seed, batch.step)
+            found = self.objective.gradient(self.engine, batch, self.micro_batch, seed)
             norms = self.engine.gradient_norms()
             total = math.sqrt(sum(norm**2 for norm in norms.values()))
-            finite = math.isfinite(total) and math.isfinite(gradient.loss)
+            finite = math.isfinite(total) and math.isfinite(found.loss)
             self.engine.update(total, self.config.train.max_grad_norm, finite)
-        if self.temperature_learns:
-            self.engine.clamp_temperature()
+        self.objective.after_update(self.engine)
         if self.average and finite:
             self.average.update()
             self.progress.averaged_steps = self.average.steps
@@ -269,14 +231,13 @@ class Trainer:
             for buffer, before in statistics:
                 buffer.copy_(before)
         self._note_step(batch, finite)
-        self.collapse.note(gradient.loss, gradient.feature_sums_2D, batch.group_b)
+        parts = (*self.model.towers, "head")
         return {
-            "train/loss": gradient.loss,
+            "train/loss": found.loss,
             "train/lr": lr,
-            "train/logit_scale": gradient.logit_scale,
-            "train/temperature": 1 / gradient.logit_scale,
+            **found.values,
             "train/grad_norm": total,
-            **{f"train/grad_norm_{part}": norm for part, norm in norms.items()},
+            **{f"train/grad_norm_{part}": norms[part] for part in parts},
         }
 
     def _seed(self, step: int, micro_batch: int) -> None:
@@ -336,7 +297,7 @@ class Trainer:
             **memory(self.device),
             **exchanges,
             **slowest,
-            **self.collapse.measure(),
+            **self.objective.measured(),
         }
         if interval.checkpoint_seconds:
             record["perf/checkpoint_stall_seconds"] = interval.checkpoint_seconds
@@ -350,7 +311,7 @@ class Trainer:
             record |= arithmetic(flops, record["perf/step_seconds"], self.world.world_size, peak)
         if self.writer:
             self.writer.write(self.progress.step, self.epoch_of(self.progress.step - 1), record)
-            if wrong := self.collapse.judge(record):
+            if wrong := self.objective.warning(record):
                 logger.warning("step %d: %s", self.progress.step, wrong)
         self.interval = Interval()
         return record
@@ -400,50 +361,27 @@ class Trainer:
 
     def validate(self) -> tuple[dict[str, float], bool]:
         """Measures the validation split, keeps the model if it is the best so far; (values, whether to stop early)."""
-        config = self.config
         assert self.val_split is not None
-        embeddings = embed_split(
-            self.model,
-            self.tokenizer,
-            self.val_split,
-            workers=config.evaluate.workers,
-            precision=PRECISIONS[config.train.precision],
-            max_image_pixels=config.data.max_image_pixels,
-            quiet=True,
-            in_step=self.engine.needs_all_ranks,
-        )
+        outcome = self.objective.validate(self.engine, self.val_split)
         values: dict[str, float] = {}
-        scores: dict[str, Any] = {}
-        scale, bias = self.engine.temperature()
-        if self.writer:
-            outcome = validate(
-                embeddings,
-                self.val_split,
-                groups=config.data.groups,
-                kind=config.loss.kind,
-                scale=scale,
-                bias=bias,
-                loss_rows=config.train.global_batch,
-                panels=config.evaluate.panels,
-                max_pixels=config.data.max_image_pixels,
-            )
-            values = outcome.values
-            step, epoch = self.progress.step, self.epoch_of(self.progress.step - 1)
-            self.writer.write(step, epoch, values)
-            self.writer.histogram("val/cosines_of_pairs", outcome.pair_cosines_M, step)
-            if outcome.panel is not None:
-                self.writer.image("val/retrieval", outcome.panel, step)
-            scores = {"val": {**outcome.scores.to_dict(), **described(self, config.data.val_split)}}
+        if outcome and self.writer:
+            values, step = outcome.values, self.progress.step
+            self.writer.write(step, self.epoch_of(step - 1), values)
+            for name, numbers in outcome.histograms.items():
+                self.writer.histogram(name, numbers, step)
+            for name, picture in outcome.panels.items():
+                self.writer.image(name, picture, step)
         told = world.broadcast_object(values)
         if self._improves(told):
-            keep_model(self, scores)
+            split = self.config.data.val_split
+            keep_model(self, {"val": {**outcome.scores(), **described(self, split)}} if outcome else {})
         return told, self._note_validation(told)
 
     def _improves(self, values: dict[str, float]) -> bool:
         value, best = values[self.config.evaluate.monitor], self.progress.best
         if best is None:
             return True
-        gain = value - best if MONITORS[self.config.evaluate.monitor] else best - value
+        gain = value - best if HIGHER_IS_BETTER[self.config.evaluate.monitor] else best - value
         return gain > self.config.evaluate.min_improvement
 
     def _note_validation(self, values: dict[str, float]) -> bool:
@@ -453,7 +391,7 @@ class Trainer:
             progress.validations_without_improvement = 0
         else:
             progress.validations_without_improvement += 1
-        self.schedule.observe(values[monitor], MONITORS[monitor])
+        self.schedule.observe(values[monitor], HIGHER_IS_BETTER[monitor])
         patience = self.config.evaluate.patience
         return bool(patience) and progress.validations_without_improvement >= patience
 

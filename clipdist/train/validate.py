@@ -1,11 +1,9 @@
 """The measurements after an epoch: loss, retrieval over the whole validation split, and pictures of what is found."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from clipdist.data.images.pillow import open_image, to_rgb
 from clipdist.data.shards import Split
@@ -15,30 +13,7 @@ from clipdist.evaluate.examples import draw_examples
 from clipdist.evaluate.panels import retrieval_panel
 from clipdist.evaluate.retrieval import RetrievalScores, retrieval_scores
 from clipdist.loss.reference import infonce_reference, sigmoid_reference
-from clipdist.settings import settings
-
-MONITORS = {"val/loss": False, "val/mean_R@1": True, "val/image_to_text/R@1": True, "val/text_to_image/R@1": True}
-
-
-@settings
-class EvaluateConfig:
-    every_epochs: PositiveInt = 1
-    monitor: str = "val/mean_R@1"
-    """What decides which model is the best: val/loss, val/mean_R@1, val/image_to_text/R@1 or val/text_to_image/R@1."""
-    patience: NonNegativeInt = 0
-    """Validations without improvement before training stops early; 0: never."""
-    min_improvement: NonNegativeFloat = 0.0
-    workers: NonNegativeInt = 2
-    panels: NonNegativeInt = 4
-    """Images shown in TensorBoard's retrieval panel."""
-
-
-@dataclass
-class Validation:
-    values: dict[str, float]
-    scores: RetrievalScores
-    panel: np.ndarray | None
-    pair_cosines_M: np.ndarray  # of each caption and its own image
+from clipdist.train.objective import Validation
 
 
 def groups_of(embeddings: Embeddings, by: str) -> np.ndarray | None:
@@ -95,9 +70,10 @@ def validate(
     values = {f"val/{key}": float(value) for key, value in scores.flat().items()}
     values["val/mean_R@1"] = (values["val/image_to_text/R@1"] + values["val/text_to_image/R@1"]) / 2
     values["val/loss"] = _loss(embeddings, group, kind, scale, bias, loss_rows)
-    panel = _panel(embeddings, scores, split, group, panels, max_pixels) if panels else None
+    shown = {"val/retrieval": _panel(embeddings, scores, split, group, panels, max_pixels)} if panels else {}
     own_MD = embeddings.image_features_ND[embeddings.text_owner_M]
-    return Validation(values, scores, panel, (own_MD * embeddings.text_features_MD).sum(axis=1))
+    cosines_M = (own_MD * embeddings.text_features_MD).sum(axis=1)
+    return Validation(values, scores.to_dict, {"val/cosines_of_pairs": cosines_M}, shown)
 
 
 def _loss(

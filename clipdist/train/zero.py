@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from clipdist import world
 from clipdist.model.build import copy_of_shape
-from clipdist.model.dual_encoder import DualEncoder, Encoded
-from clipdist.train.engine import Engine, Inputs, OptimizerState
+from clipdist.model.tower_model import TowerModel
+from clipdist.train.engine import Engine, OptimizerState
 from clipdist.train.optim import OptimConfig, build_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -31,9 +31,7 @@ class Passes:
 
 
 class ZeroEngine(Engine):
-    def __init__(
-        self, accelerator: Accelerator, model: DualEncoder, optim: OptimConfig, config: dict[str, Any]
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, model: TowerModel, optim: OptimConfig, config: dict[str, Any]) -> None:
         super().__init__(accelerator, model, optim)
         self._config = config
         self._stage = int(config["zero_optimization"]["stage"])
@@ -90,8 +88,8 @@ class ZeroEngine(Engine):
             for parameters in ages.values():
                 yield {**group, "params": parameters}
 
-    def _autocast(self, forward: Callable[..., Encoded]) -> Callable[..., Encoded]:
-        def inner(*inputs: Tensor) -> Encoded:
+    def _autocast(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def inner(*inputs: Tensor) -> Any:
             with self.accelerator.autocast():
                 return forward(*inputs)
 
@@ -102,10 +100,9 @@ class ZeroEngine(Engine):
         """The optimiser of DeepSpeed around the one of torch."""
         return self._deepspeed.optimizer
 
-    def forward(self, inputs: Inputs) -> Encoded:
+    def forward(self, inputs: tuple[Tensor, ...]) -> Any:
         self._passes.forward += 1
-        encoded: Encoded = self._deepspeed(*inputs)
-        return encoded
+        return self._deepspeed(*inputs)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
@@ -156,8 +153,8 @@ class ZeroEngine(Engine):
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
-        parameter = self.model.temperature.log_scale
-        lowest, highest = self.model.temperature.bounds()
+        parameter = self._temperature.log_scale
+        lowest, highest = self._temperature.bounds()
         with self._gathered([parameter]):
             value = float(parameter)
         clamped = min(max(value, lowest), highest)
@@ -168,7 +165,7 @@ class ZeroEngine(Engine):
         self._put(parameter, torch.tensor([clamped]))
 
     def temperature(self) -> tuple[float, float | None]:
-        temperature = self.model.temperature
+        temperature = self._temperature
         with self._gathered(list(temperature.parameters())):
             bias = None if temperature.bias is None else temperature.bias.item()
             return temperature.log_scale.exp().item(), bias

@@ -135,11 +135,13 @@ def test_a_step_in_parts_that_is_not_finite_changes_nothing(recipe: Recipe, monk
     trainer.enter_epoch(0)
     trainer.step(next(batches))
     before = {name: tensor.clone() for name, tensor in trainer.engine.weights().items()}
-    criterion: Any = trainer.criterion
-    monkeypatch.setattr(trainer, "criterion", lambda *args, **kwargs: criterion(*args, **kwargs) * float("nan"))
+    criterion: Any = trainer.objective.criterion
+    monkeypatch.setattr(
+        trainer.objective, "criterion", lambda *args, **kwargs: criterion(*args, **kwargs) * float("nan")
+    )
     trainer.step(next(batches))
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.engine.weights().items())
-    monkeypatch.setattr(trainer, "criterion", criterion)
+    monkeypatch.setattr(trainer.objective, "criterion", criterion)
     assert trainer.step(next(batches))["train/grad_norm"] > 0
     assert any(not torch.equal(before[name], tensor) for name, tensor in trainer.engine.weights().items())
     trainer.close()

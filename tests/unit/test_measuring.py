@@ -179,7 +179,7 @@ def test_a_slow_tower_is_found(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) 
     assert profile.parts["gather"] == profile.parts["gradient exchange"] == 0, "there is nobody to talk to"
     assert profile.pairs_per_second == pytest.approx(24 / profile.plain_seconds)
     assert "encode_image" not in vars(trainer.model), "the trainer is as it was"
-    assert trainer.criterion.kind == "infonce"
+    assert trainer.objective.criterion.kind == "infonce"
     trainer.close()
 
 

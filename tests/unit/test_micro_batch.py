@@ -265,7 +265,7 @@ def test_out_of_memory_is_one_line(
     def full(*args: Any, **kwargs: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …")
 
-    monkeypatch.setattr(trainer, "criterion", full)
+    monkeypatch.setattr(trainer.objective, "criterion", full)
     trainer.enter_epoch(0)
     with pytest.raises(UserError, match=advice) as caught:
         trainer.step(next(iter(trainer.batches())))

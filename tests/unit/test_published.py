@@ -25,6 +25,7 @@ from clipdist.model.build import build_model, build_tokenizer
 from clipdist.model.dual_encoder import DualEncoder
 from clipdist.model.published import describe
 from clipdist.model.saved import save_model
+from clipdist.train.contrastive import Contrastive
 from clipdist.train.trainer import Trainer
 
 Recipe = Callable[..., Path]
@@ -198,8 +199,11 @@ def test_training_starts_there_and_the_model_needs_the_source_no_more(recipe: Re
     moved = {name for name, tensor in trainer.engine.weights().items() if not torch.equal(before[name], tensor)}
     assert any(name.startswith("image.model.blocks.1.") for name in moved)
     assert not any(name.startswith(("image.model.blocks.0.", "text.")) for name in moved)
-    save_model(tmp_path / "kept", trainer.model, trainer.tokenizer, scores={}, about={})
-    texts = trainer.model.eval().encode_text(*trainer.tokenizer.pad(trainer.tokenizer.encode(TEXTS)))
+    assert isinstance(trainer.objective, Contrastive)
+    model, tokenizer = trainer.objective.build(), trainer.objective.tokenizer
+    model.load_state_dict(trainer.engine.weights())
+    save_model(tmp_path / "kept", model, tokenizer, scores={}, about={})
+    texts = model.eval().encode_text(*tokenizer.pad(tokenizer.encode(TEXTS)))
     trainer.close()
     for path in published.iterdir():
         path.unlink()

@@ -14,6 +14,7 @@ from clipdist.config import load_config
 from clipdist.data.sets.writer import ShardSetWriter
 from clipdist.errors import UserError
 from clipdist.train.config import check
+from clipdist.train.contrastive import Contrastive
 from clipdist.train.loop import train
 from clipdist.train.trainer import Trainer
 from tests.conftest import picture
@@ -42,13 +43,13 @@ def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 def spoil(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, wrong: Callable[[int], bool], value: float) -> None:
     """The loss is `value` in those calls, counted from 0, for which `wrong` holds; so are its gradients."""
-    criterion, calls = trainer.criterion, iter(range(1000))
+    criterion, calls = trainer.objective.criterion, iter(range(1000))
 
     def loss(*args: Any, **kwargs: Any) -> torch.Tensor:
         true: torch.Tensor = criterion(*args, **kwargs)
         return true * value if wrong(next(calls)) else true
 
-    monkeypatch.setattr(trainer, "criterion", loss)
+    monkeypatch.setattr(trainer.objective, "criterion", loss)
 
 
 def last_step(run: Path) -> int:
@@ -163,7 +164,9 @@ def test_a_start_without_a_checkpoint_makes_its_own_tokenizer(recipe: Recipe) ->
     first.close()
     second = Trainer(load_config(path, ["model.text.vocabulary=60"]))
     second.close()
-    assert len(second.tokenizer) == 60 < len(first.tokenizer)
+    assert isinstance(first.objective, Contrastive)
+    assert isinstance(second.objective, Contrastive)
+    assert len(second.objective.tokenizer) == 60 < len(first.objective.tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -217,8 +217,10 @@ def test_a_skipped_step_is_not_averaged(recipe: Recipe, monkeypatch: pytest.Monk
     trainer.step(next(batches))
     assert trainer.average is not None
     before = {name: tensor.clone() for name, tensor in trainer.average.averages.items()}
-    criterion: Any = trainer.criterion
-    monkeypatch.setattr(trainer, "criterion", lambda *args, **kwargs: criterion(*args, **kwargs) * float("nan"))
+    criterion: Any = trainer.objective.criterion
+    monkeypatch.setattr(
+        trainer.objective, "criterion", lambda *args, **kwargs: criterion(*args, **kwargs) * float("nan")
+    )
     trainer.step(next(batches))
     assert trainer.average.steps == 1
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.average.averages.items())

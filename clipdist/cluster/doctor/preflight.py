@@ -172,7 +172,7 @@ class _OfRun(NamedTuple):
 
 def _ask_of_run(questions: Questions, config: "RunConfig") -> _OfRun:
     return _OfRun(
-        questions.ask("model", recipes.model_size, config.model),
+        questions.ask("model", recipes.run_model_size, config),
         questions.ask("shard set", recipes.check_data, config),
         questions.ask("run", files.holder, config.folder),
         questions.ask("run", files.checkpoint_bytes, config.folder),

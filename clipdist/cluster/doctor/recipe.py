@@ -43,11 +43,17 @@ def check_recipe(config: "RunConfig", ranks: int) -> Finding:
         )
     check(config, processes=ranks)
     rows = config.train.global_batch // ranks
-    return Finding("recipe", "ok", f"{config.name}: {config.train.global_batch:,} pairs a step, {rows:,} a process")
+    what = "pairs" if config.objective == "contrastive" else "images"
+    return Finding("recipe", "ok", f"{config.name}: {config.train.global_batch:,} {what} a step, {rows:,} a process")
 
 
-def model_size(config: "ModelConfig") -> ModelSize:
-    """Builds the model without memory, and without asking the hub.
+def run_model_size(config: "RunConfig") -> ModelSize:
+    """Of what the recipe trains. A classifier is counted without its head, since only the set knows its classes."""
+    return model_size(config.model, images_alone=config.objective == "classify")
+
+
+def model_size(config: "ModelConfig", images_alone: bool = False) -> ModelSize:
+    """Builds the model without memory, and without asking the hub; `images_alone`: its image tower.
 
     Raises `UserError` for what the towers refuse: a wrong name, wrong options, weights in a package that is missing.
     """
@@ -56,12 +62,14 @@ def model_size(config: "ModelConfig") -> ModelSize:
 
     if isinstance(config.image.pretrained, str) and not resolve(config.image.pretrained).exists():
         raise UserError(f"model.image.pretrained: no file {config.image.pretrained}")
-    stored, unknown = _stored_text_config(config)
+    stored, unknown = (None, "") if images_alone else _stored_text_config(config)
     if unknown:
         return ModelSize(ASSUMED_PARAMETERS, unknown)
     try:
         with torch.device("meta"):
             image = ImageTower(config.image, load_pretrained=False)
+            if images_alone:
+                return ModelSize(sum(parameter.numel() for parameter in image.parameters()), "")
             # A tokenizer that is trained may come out smaller than it may be.
             text = TextTower(config.text, vocabulary=config.text.vocabulary, pad_id=0, stored=stored)
             model = DualEncoder(config, image, text)

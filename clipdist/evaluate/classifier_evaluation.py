@@ -1,0 +1,143 @@
+"""`clipdist eval` of a classifier: the scores of its answers on one split, and what is written about them."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipdist.data.shards import BadSample, ShardSet, Split
+from clipdist.errors import UserError
+from clipdist.evaluate.classifier import Classified, Predictions, Temperature, predict_split
+from clipdist.evaluate.examples import Mistake
+from clipdist.evaluate.suite import Part, left_out_line, subgroups_part, units_of, values_of
+from clipdist.evaluate.zero_shot import labels_of
+from clipdist.model.saved_classifier import SavedClassifier
+
+REFUSED = {
+    "groups": "it ranks nothing",
+    "in_batch": "it ranks nothing",
+    "pool": "it ranks nothing",
+    "queries": "it ranks nothing",
+    "zero_shot": "it knows its own classes alone",
+    "calibrate": "its temperature was fitted in training, and is applied",
+    "probe": "its own head is the probe",
+}
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """`UserError` for options that say nothing of a classifier."""
+    for name, why in REFUSED.items():
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')}: {args.model} is a classifier: {why}; leave it out")
+
+
+class ClassifierEvaluation:
+    """Scores of one classifier on one split. Images without a class of the model's are left out, and counted."""
+
+    def __init__(self, args: argparse.Namespace, shard_set: ShardSet, saved: SavedClassifier) -> None:
+        check_options(args)
+        self.args, self.saved, self.split = args, saved, shard_set.split(args.split)
+        self.found: Predictions = predict_split(saved.model, self.split, workers=args.workers)
+        fields, field = self.found.fields, saved.labels.field
+        values = values_of(fields, args.by)  # a field that cannot be used is named before anything takes time
+        label_N, _, left_out = labels_of(fields, field, saved.labels.names)
+        units = units_of(fields, args.unit)
+        how: dict[str, Any] = {"units": units, "bootstrap": args.bootstrap, "seed": args.seed}
+        self.classified = Classified(self.found.logits_NK, label_N, saved.labels, left_out=left_out, **how)
+        self.temperature = Temperature(saved.temperature, saved.fitted_on, saved.at_bound)
+        self.notes = list(self._notes(shard_set, units))
+        self.parts = self._parts(values, how)
+        self.body = {
+            "data": args.data,
+            "data_digest": shard_set.manifest.digest,
+            "split": args.split,
+            "model": str(args.model),
+            "unit": args.unit if units else None,
+            "bootstrap": args.bootstrap,
+            "seed": args.seed,
+            "notes": self.notes,
+            "left_out": [{"key": key, "reason": reason} for _, key, reason in self.found.bad],
+            **{part.name: part.body for part in self.parts},
+        }
+
+    def tables(self) -> list[str]:
+        """Plain text, for a terminal."""
+        return [*(part.table for part in self.parts), *self.notes]
+
+    def _parts(self, values: dict[str, list[Any]], how: dict[str, Any]) -> list[Part]:
+        one = self.classified
+        told = one.scores.table(f"classification by {one.labels.field}")
+        confused = [f"  {c['class']} for {c['taken_for']}: {c['rows']:,} of {c['of']:,}" for c in one.confused[:5]]
+        lines = [told, *(["mistaken most often", *confused] if confused else []), *left_out_line(one.left_out)]
+        found = [Part("classification", one.classification(), "\n".join(lines), one.measured)]
+        body, table = one.calibration(self.temperature)
+        found.append(Part("calibration", body, table))
+        return [*found, *([subgroups_part(one.measured, values, how)] if values else [])]
+
+    def _notes(self, shard_set: ShardSet, units: list[Any] | None) -> Iterator[str]:
+        """What makes a score another thing than one on images that the model knows nothing of."""
+        about, split = self.saved.about, self.args.split
+        if about.get("data_digest") != shard_set.manifest.digest:
+            return
+        trained_on = about.get("split")
+        if split == trained_on:
+            yield "These are the images that the model was trained on: the score says how well it remembers them."
+        elif split == about.get("val_split"):
+            yield (
+                "This split chose the model and its temperature during training: quote the score of another one, which "
+                "it has not seen."
+            )
+        if units and split != trained_on and trained_on in shard_set.manifest.splits:
+            yield from self._shared_units(shard_set.split(trained_on), units)
+
+    def _shared_units(self, trained: Split, units: list[Any]) -> Iterator[str]:
+        if trained.is_remote:  # all of it would have to be fetched
+            return
+        known = set(map(str, _values(trained, self.args.unit)))
+        shared = sum(unit is not None and str(unit) in known for unit in units)
+        if shared:
+            yield (
+                f"{shared:,} of {len(units):,} images are of a {self.args.unit} that the training split has, too: the "
+                f"score is too high for new ones. Divide the set anew: clipdist split"
+            )
+
+    def mistakes(self, most: int) -> list[Mistake]:
+        """The wrong answers of the highest probability, as calibrated."""
+        one = self.classified
+        probability_NK = one.probabilities(self.temperature)
+        given_N = probability_NK.argmax(axis=1)
+        wrong = np.flatnonzero((one.label_N >= 0) & (given_N != one.label_N))
+        worst = wrong[np.argsort(-probability_NK[wrong, given_N[wrong]], kind="stable")][:most]
+        names = one.labels.names
+        return [
+            Mistake(
+                image=self._image(row),
+                key=self.found.keys[row],
+                label=names[one.label_N[row]],
+                given=names[given_N[row]],
+                probability=float(probability_NK[row, given_N[row]]),
+                of_the_label=float(probability_NK[row, one.label_N[row]]),
+            )
+            for row in worst.tolist()
+        ]
+
+    def _image(self, row: int) -> bytes:
+        return self.split.read(int(self.found.numbers_N[row])).image
+
+    def report(self, run: Path) -> Path:
+        """The run's report anew, with the worst mistakes in pictures."""
+        from clipdist.evaluate.report import write_report
+
+        return write_report(run, mistakes=self.mistakes(self.args.examples), scores=self.body)
+
+
+def _values(split: Split, field: str) -> Iterator[Any]:
+    for number in range(len(split)):
+        try:
+            value = split.fields(number).get(field)
+        except BadSample:
+            continue
+        if value is not None:
+            yield value

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from clipdist import world
 from clipdist.data.caching import open_cache
+from clipdist.data.images.geometry import ResizeMode
 from clipdist.data.labelled import LabelledRows
 from clipdist.data.labels import Labels, check_known, read_labels
 from clipdist.data.loader import Batch
@@ -70,7 +71,7 @@ class Classify(Objective):
     def build(self) -> Classifier:
         return build_classifier(self.config.model, self.config.classify, len(self.labels), self.config.seed)
 
-    def rows(self, split: Split, *, side: int, resize: Any) -> TrainRows:
+    def rows(self, split: Split, *, side: int, resize: ResizeMode) -> TrainRows:
         data, labels = self.config.data, self.labels
         cache = open_cache(data, split, labels, side) if data.cache == "decoded" else None
         return LabelledRows(split, self.order, data, side=side, resize=resize, labels=labels, cache=cache)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from clipdist.data.caching import open_cache
+from clipdist.data.images.geometry import ResizeMode
 from clipdist.data.loader import Batch
 from clipdist.data.order import SampleOrder
 from clipdist.data.rows import TrainRows
@@ -57,7 +58,7 @@ class Contrastive(Objective):
     def build(self) -> DualEncoder:
         return build_model(self.config.model, self.tokenizer, self.config.seed)
 
-    def rows(self, split: Split, *, side: int, resize: Any) -> TrainRows:
+    def rows(self, split: Split, *, side: int, resize: ResizeMode) -> TrainRows:
         data, tokenizer = self.config.data, self.tokenizer
         cache = open_cache(data, split, tokenizer, side) if data.cache == "decoded" else None
         return TrainRows(split, self.order, data, side=side, resize=resize, tokenizer=tokenizer, cache=cache)

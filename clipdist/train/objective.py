@@ -20,6 +20,7 @@ from clipdist.settings import settings
 
 if TYPE_CHECKING:
     from clipdist.config import RunConfig
+    from clipdist.data.images.geometry import ResizeMode
     from clipdist.data.loader import Batch
     from clipdist.data.order import SampleOrder
     from clipdist.data.rows import TrainRows
@@ -113,7 +114,7 @@ class Objective(ABC):
         """The model at step 0; `prepare` comes first, here and below."""
 
     @abstractmethod
-    def rows(self, split: Split, *, side: int, resize: Any) -> "TrainRows":
+    def rows(self, split: Split, *, side: int, resize: "ResizeMode") -> "TrainRows":
         """What loader workers read."""
 
     @abstractmethod

@@ -154,9 +154,8 @@ def test_a_stopwatch_counts_each_moment_once() -> None:
         watch.timed("backward", time.sleep)(0.04)
     whole = time.perf_counter() - began
     assert sum(watch.seconds.values()) == pytest.approx(whole, abs=0.005)
-    assert watch.seconds["loss"] == pytest.approx(0.03, abs=0.01)
-    assert watch.seconds["backward"] == pytest.approx(0.04, abs=0.01)
-    assert watch.seconds["other"] == pytest.approx(0.02, abs=0.01)
+    least = {"other": 0.02, "loss": 0.03, "backward": 0.04}  # a busy machine wakes up late
+    assert all(watch.seconds[part] >= seconds for part, seconds in least.items())
 
 
 def test_a_slow_tower_is_found(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +225,7 @@ def test_the_table_tells_of_the_slowest_rank() -> None:
     def profile(loss: float) -> Profile:
         parts = dict.fromkeys(PARTS, 0.01) | {"loss": loss}
         figures = {"perf/memory_gib": 1.0, "perf/bytes_sent_features": 2e6, "perf/seconds_features": 0.002}
-        return Profile(5, parts, sum(parts.values()), 0.1, 240.0, figures)
+        return Profile(5, parts, sum(parts.values()), 0.1, 240.0, what="pairs", figures=figures)
 
     said = table("heading", [profile(0.02), profile(0.04)])
     assert re.search(r"^loss +30\.00 .* 40\.00 \(rank 1\)", said, re.M)

@@ -42,6 +42,7 @@ REQUIRED = [
 ]
 
 PATHOLOGY = ["openslide-python>=1.4", "openslide-bin>=4.0", "tifffile>=2024.8", "pypdf>=5.0"]
+ISIC = ["h5py>=3.10"]
 
 EXTRAS = {
     "dev": [
@@ -59,6 +60,7 @@ EXTRAS = {
         "moto[server]>=5.0",
         "open_clip_torch>=3.0",  # whose models the tests compare with
         *PATHOLOGY,
+        *ISIC,
         "imagecodecs>=2024.6",  # without it tifffile writes no JPEG tiles, of which phantom slides consist
         "scikit-image>=0.24",  # carries a photograph of stained tissue
     ],
@@ -68,6 +70,7 @@ EXTRAS = {
     "gcs": ["gcsfs>=2024.6"],
     # Slides (OpenSlide in a wheel of its own makers; tifffile, which finds their JPEG tiles) and reports as PDF.
     "pathology": PATHOLOGY,
+    "isic": ISIC,  # Kaggle's form of ISIC 2024
     "emoji": ["resvg-py>=0.2"],  # draws the SVG icons of shards/emoji.py
 }
 

@@ -7,7 +7,6 @@ splits = split_by(labels, units, {"train": 0.8, "val": 0.2}, seed)
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from clipdist.data.images.looks import LOOK, look_of
 from clipdist.data.sets.duplicates import CANDIDATE_BITS, Duplicates, find_duplicates, hashed
 from clipdist.data.sets.pack import available_cores, in_order
+from clipdist.data.sets.recode import ImageSource, UnusableImage, read_image
 from clipdist.data.sets.survey import MAX_IMAGE_PIXELS, see
 from clipdist.data.shards import BadSample
 from clipdist.progress import progress
@@ -47,7 +47,7 @@ def joined_units(
 
 
 def duplicates_of(
-    images: Sequence[Path | bytes],
+    images: Sequence[ImageSource],
     *,
     bits: int = CANDIDATE_BITS,
     workers: int | None = None,
@@ -66,14 +66,14 @@ def duplicates_of(
     return find_duplicates(digests, looks, bits)
 
 
-def _look_at_all(images: list[Path | bytes], max_pixels: int) -> list[tuple[int, np.ndarray]]:
+def _look_at_all(images: list[ImageSource], max_pixels: int) -> list[tuple[int, np.ndarray]]:
     return [_look_at(image, max_pixels) for image in images]
 
 
-def _look_at(image: Path | bytes, max_pixels: int) -> tuple[int, np.ndarray]:
+def _look_at(image: ImageSource, max_pixels: int) -> tuple[int, np.ndarray]:
     """(hash of the bytes, look); 0 for what cannot be read."""
     try:
-        data = image if isinstance(image, bytes) else image.read_bytes()
+        data = image if isinstance(image, bytes) else read_image(image)
         return hashed(data), look_of(see(data, max_pixels))
-    except (BadSample, OSError):
+    except (BadSample, UnusableImage):
         return 0, np.zeros((), LOOK)

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clipdist.data.sets.recode import ImageOptions, UnusableImage, recode_all
+from clipdist.data.sets.recode import ImageOptions, ImageSource, UnusableImage, recode_all
 from clipdist.data.sets.writer import ShardSetWriter
 from clipdist.data.shards import write_atomically
 from clipdist.errors import UserError, disk_errors
@@ -36,7 +36,7 @@ class Pair:
     """One image with its captions. `fields` (label, unit, source, anything JSON) is stored beside the captions."""
 
     key: str
-    image: Path | bytes
+    image: ImageSource
     text: list[str]
     fields: dict[str, Any] = field(default_factory=dict)
     row: int | None = None  # where it came from: data row of a table, the first being 1

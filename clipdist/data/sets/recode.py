@@ -4,6 +4,7 @@ Light on purpose (Pillow and the standard library): every worker process imports
 """
 
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -34,6 +35,21 @@ Check = Literal["decode", "header", "none"]
 
 class UnusableImage(Exception):
     """This image cannot be packed; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """An encoded image that lies within a larger file: `size` bytes from `offset` on."""
+
+    path: Path
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.path}, {self.size} bytes at {self.offset}"
+
+
+ImageSource = Path | bytes | FileRange
 
 
 @dataclass(frozen=True)
@@ -76,9 +92,9 @@ class ImageOptions:
         return self.check == "decode" or self.side is not None or self.format != "keep"
 
 
-def recode(source: Path | bytes, options: ImageOptions) -> tuple[bytes, str]:
+def recode(source: ImageSource, options: ImageOptions) -> tuple[bytes, str]:
     """The bytes to store and their extension; `UnusableImage` when the file is missing, damaged or too large."""
-    data = source if isinstance(source, bytes) else _read(source)
+    data = source if isinstance(source, bytes) else read_image(source)
     if not data:
         raise UnusableImage("empty file")
     if not options.decodes and (extension := _as_it_is(data, options)):
@@ -97,7 +113,7 @@ def recode(source: Path | bytes, options: ImageOptions) -> tuple[bytes, str]:
             raise UnusableImage(f"unreadable image: {type(error).__name__}: {error}") from None
 
 
-def recode_all(sources: list[Path | bytes], options: ImageOptions) -> list[tuple[bytes, str] | UnusableImage]:
+def recode_all(sources: list[ImageSource], options: ImageOptions) -> list[tuple[bytes, str] | UnusableImage]:
     """`recode` of each source, in order; what is unusable is returned, not raised. What worker processes run."""
     results: list[tuple[bytes, str] | UnusableImage] = []
     for source in sources:
@@ -108,9 +124,19 @@ def recode_all(sources: list[Path | bytes], options: ImageOptions) -> list[tuple
     return results
 
 
-def _read(path: Path) -> bytes:
+def read_image(source: Path | FileRange) -> bytes:
+    """The bytes of an image; `UnusableImage` when it is missing or cut short."""
     try:
-        with open(path, "rb", buffering=0) as file:
+        if isinstance(source, FileRange):
+            file_number = os.open(source.path, os.O_RDONLY)
+            try:
+                data = os.pread(file_number, source.size, source.offset)
+            finally:
+                os.close(file_number)
+            if len(data) < source.size:
+                raise UnusableImage(f"cut short: {source.path.name} ends before it does")
+            return data
+        with open(source, "rb", buffering=0) as file:
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise UnusableImage("missing image file") from None

@@ -31,7 +31,6 @@ INDETERMINATE = 0.3  # for each malignant tile
 TOLD_IN_FULL = 0.0014  # share of benign tiles with a diagnosis below the first level, 561 of 400,552 in the real set
 CHUNK = 64  # tiles that a worker draws at a time
 STREAM_TILE = 20  # beside the streams of `phantom_lesion`
-QUALITY = 90
 
 # Outcome -> family -> (share among the outcome, iddx_2, iddx_3).
 KINDS: dict[str, dict[str, tuple[float, str, str]]] = {
@@ -73,13 +72,14 @@ TRAIN_ONLY = (
 @dataclass(frozen=True)
 class PhantomOptions:
     """`layout`: Kaggle's table beside HDF5 or JPEGs, or the official files. `malignant` is the share of the malignant,
-    rounded down to whole tiles; `side` the tiles' width in pixels, 14 mm."""
+    rounded down to whole tiles; `side` the tiles' width in pixels, 14 mm; `quality` that of the JPEGs."""
 
     tiles: int
     layout: str = "hdf5"
     side: int = 64
     malignant: float = 0.001
     seed: int = 0
+    quality: int = 90
 
     def __post_init__(self) -> None:
         if self.tiles < 1 or self.side < 32 or not 0 <= self.seed < 2**63:
@@ -182,7 +182,7 @@ def _draw_tiles(job: tuple[PhantomOptions, list[_Tile]]) -> list[tuple[dict[str,
         canvas = Canvas(lesion, generator(options.seed, STREAM_PIXELS, tile.number), options.side)
         picture = paint_on(canvas)
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "JPEG", quality=QUALITY)
+        Image.fromarray(picture).save(buffer, "JPEG", quality=options.quality)
         found.append((_row(tile, person, lesion, names, measured(picture, canvas.mask), rng), buffer.getvalue()))
     return found
 

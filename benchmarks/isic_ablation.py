@@ -25,14 +25,18 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "launch/recipes/isic.yaml"
 CLASSES, TEMPLATES = (ROOT / "launch/prompts" / name for name in ("isic_classes.json", "isic_templates.txt"))
-PLAIN = {"data.groups": "none", "data.balance": "", "set": "plain"}
+PLAIN = {"set": "plain", "data.groups": "none", "data.balance": "", "train.stages": "[]", "train.epochs": "1"}
 # Each arm is the one before it and the keys given here; `set` is a folder of packed tiles.
 ARMS: dict[str, dict[str, str]] = {
     "plain": PLAIN,
     "+ groups": {"data.groups": "label"},
     "+ balance": {"data.balance": "label"},
     "+ metadata captions": {"set": "metadata"},
-    "+ stages": {"train.stages": "[{from_epoch: 0, image: none, text: none}, {from_epoch: 1, image: all, text: all}]"},
+    # An epoch with frozen towers comes before the one that all arms have.
+    "+ stages": {
+        "train.stages": "[{from_epoch: 0, image: none, text: none}, {from_epoch: 1, image: all, text: all}]",
+        "train.epochs": "2",
+    },
 }
 
 

@@ -6,8 +6,8 @@ Draws tiles of 131 pixels with the size that the published ones have on average 
 train-image.hdf5. The copy is the plainest reader there is: h5py gives each dataset's bytes, which go one after another
 into one file, and fsync. Packing is all that `shards/isic.py` does: the table read, images located, captions, the
 split, shards, indexes and checksums, fsync; each part is timed. In turn, in an order that changes from round to round,
-each run in a process of its own that has imported its modules before the clock starts; the file is put out of the page
-cache before (`--warm` leaves it). On a machine that others use, compare seconds of processors with each other.
+each run in a process of its own (forked, so that imports are done); the file is put out of the page cache before
+(`--warm` leaves it). On a machine that others use, compare seconds of processors with each other.
 """
 
 import argparse
@@ -33,7 +33,8 @@ from clipdist.data.sets.recode import ImageOptions
 from clipdist.data.sets.tables import split_pairs
 from clipdist.prepare.isic import read_isic
 from clipdist.prepare.phantom_isic import PhantomOptions, write_isic_layout
-from clipdist.prepare.splits import split_by  # noqa: F401  brings scikit-learn, before the clock starts
+from clipdist.prepare.splits import split_by  # noqa: F401  imported where it is used, and it takes a second
+from clipdist.prepare.units import joined_units  # noqa: F401  likewise
 
 FRACTIONS = {"train": 0.8, "val": 0.1, "test": 0.1}
 
@@ -83,7 +84,7 @@ def forget(raw: Path) -> None:
 def timed(name: str, raw: Path, folder: Path) -> dict[str, float]:
     """Seconds on the clock and of the processors, of `CONTENDERS[name]` in a process of its own."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("fork")
         here, there = context.Pipe()
         process = context.Process(target=_answer, args=(there, name, raw, Path(out)))
         process.start()

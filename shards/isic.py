@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
     told = ", ".join(f"{count:,} {label}" for label, count in found.notes["labels"].items())
     units = ", ".join(f"{count:,} by {name}" for name, count in found.notes["units"].items())
     print(f"{' + '.join(found.notes['tables'])}, {found.notes['images']}: {told}; kept together: {units}")
+    if found.notes["columns_absent"]:
+        print(f"columns that are not there: {', '.join(found.notes['columns_absent'])}")
     splits = split_pairs(found.pairs, fractions, args.seed, found.strata())
     shares = {name: Counter(pair.fields["label"] for pair in pairs) for name, pairs in splits.items()}
     print("malignant: " + ", ".join(f"{count['malignant']:,} in {name}" for name, count in shares.items()))

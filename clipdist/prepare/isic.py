@@ -124,7 +124,11 @@ def read_isic(raw: Path, *, metadata: bool = False, images: Images | None = None
         raise UserError(f"{layout.truth}: no usable row: {'; '.join(map(str, rejected[:3]))}")
 
     numbers = {column: _numbers(rows[column]) for column in NUMBERS if column in rows.columns}
-    units, counts = _units(keys, *(cells.get(column) for column in UNITS))
+    if metadata and not (numbers or SEX in cells or SITE in cells):
+        raise UserError(
+            f"{layout.truth}: no column that metadata captions are made of; found {', '.join(rows.columns)}"
+        )
+    units, known_by = _units(keys, *(cells.get(column) for column in UNITS))
     grades = Grades.of({name: values[usable] for name, values in numbers.items()}) if metadata else None
     said = _captions(cells, numbers, grades)
     pairs = []
@@ -137,7 +141,7 @@ def read_isic(raw: Path, *, metadata: bool = False, images: Images | None = None
         "rows": len(rows),
         "target_column": target,
         "labels": dict(Counter(pair.fields["label"] for pair in pairs)),
-        "units": counts,
+        "units": dict(Counter(known_by[place] for place in usable)),
         "metadata": metadata,
         "not_numbers": {
             name: count for name in numbers if (count := int((rows[name].notna() & np.isnan(numbers[name])).sum()))
@@ -266,17 +270,17 @@ def _reasons(keys: Sequence[str], targets: Sequence[str | None], outcomes: Seque
 
 def _units(
     keys: Sequence[str], patients: Sequence[str | None] | None, lesions: Sequence[str | None] | None
-) -> tuple[list[str], dict[str, int]]:
-    """The unit of each tile, and how many are known by what."""
+) -> tuple[list[str], list[str]]:
+    """The unit of each tile, and what it is known by."""
     nobody = [None] * len(keys)
     patients, lesions = patients or nobody, lesions or nobody
     owner = {lesion: patient for lesion, patient in zip(lesions, patients, strict=True) if lesion and patient}
-    units, counts = [], Counter[str]()
+    units, known_by = [], []
     for key, patient, lesion in zip(keys, patients, lesions, strict=True):
         patient = patient or owner.get(lesion or "")
         units.append(patient or lesion or key)
-        counts["patient_id" if patient else "lesion_id" if lesion else "none"] += 1
-    return units, dict(counts)
+        known_by.append("patient_id" if patient else "lesion_id" if lesion else "none")
+    return units, known_by
 
 
 def _captions(cells: Mapping[str, list[str | None]], numbers: Mapping[str, np.ndarray], grades: Grades | None) -> Any:

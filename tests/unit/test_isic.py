@@ -265,7 +265,16 @@ def test_where_no_patient_is_given_the_lesion_is_kept_together(copied: Path) -> 
     found = reread(copied, table)
     assert found.notes["units"] == {"patient_id": 2, "lesion_id": 2, "none": TILES - 4}
     assert [pair.fields["unit"] for pair in found.pairs[:5]] == ["p1", "p1", "l2", "l2", "ISIC_0000005"]
-    assert reread(copied, table.drop(columns=["patient_id", "lesion_id"])).notes["units"] == {"none": TILES}
+    without = reread(copied, table.drop(columns=["patient_id", "lesion_id"]))
+    assert without.notes["units"] == {"none": TILES}
+    assert without.notes["columns_absent"] == ["patient_id", "lesion_id"]
+
+
+def test_metadata_captions_without_metadata_are_refused(copied: Path) -> None:
+    table = table_of(copied)[["isic_id", "target", "iddx_1"]]
+    assert len(reread(copied, table).pairs) == TILES
+    with pytest.raises(UserError, match="no column that metadata captions are made of"):
+        read_isic(copied, metadata=True)
 
 
 def test_every_split_gets_its_share_of_the_malignant() -> None:

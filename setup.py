@@ -42,8 +42,8 @@ REQUIRED = [
 ]
 
 PATHOLOGY = ["openslide-python>=1.4", "openslide-bin>=4.0", "tifffile>=2024.8", "pypdf>=5.0"]
-
 RADIOLOGY = ["pydicom>=3.0"]
+ISIC = ["h5py>=3.10"]
 
 EXTRAS = {
     "dev": [
@@ -62,6 +62,7 @@ EXTRAS = {
         "open_clip_torch>=3.0",  # whose models the tests compare with
         *PATHOLOGY,
         *RADIOLOGY,
+        *ISIC,
         "imagecodecs>=2024.6",  # without it tifffile writes no JPEG tiles, of which phantom slides consist
         "scikit-image>=0.24",  # carries a photograph of stained tissue
     ],
@@ -72,6 +73,7 @@ EXTRAS = {
     # Slides (OpenSlide in a wheel of its own makers; tifffile, which finds their JPEG tiles) and reports as PDF.
     "pathology": PATHOLOGY,
     "radiology": RADIOLOGY,  # radiographs in DICOM
+    "isic": ISIC,  # Kaggle's form of ISIC 2024
     "emoji": ["resvg-py>=0.2"],  # draws the SVG icons of shards/emoji.py
 }
 

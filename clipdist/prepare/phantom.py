@@ -9,9 +9,10 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -26,6 +27,8 @@ from clipdist.progress import progress
 __all__ = ["Lesion", "caption", "draw", "write_skincap_layout"]
 
 logger = logging.getLogger(__name__)
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 VERSION = 1  # to be raised whenever the same seed gives other bytes
 SOURCE = "synthetic-phantom"
@@ -71,7 +74,7 @@ _BY_STRUCTURE = {
 
 README = """SYNTHETIC DATA. The pictures in this folder were drawn by a program (clipdist, dermoscopy phantoms).
 They show no person, no lesion and no disease; the diagnoses and captions describe what was drawn. They are laid out
-like SkinCAP so that programs made for it run on them, and are of no medical use whatsoever.
+like {layout} so that programs made for it run on them, and are of no medical use whatsoever.
 """
 
 
@@ -90,19 +93,33 @@ def write_skincap_layout(folder: Path, images: int, side: int = 224, seed: int =
         raise UserError(f"{found}: expected images >= 1, side >= 32, 0 <= seed < 2**63 and workers >= 1; correct these")
     folder = Path(folder)
     stamp = {"what": SOURCE, "version": VERSION, "images": images, "side": side, "seed": seed}
+    with new_folder(folder, stamp, README.format(layout="SkinCAP")) as partial:
+        if partial:
+            (partial / "skincap" / "not_include").mkdir(parents=True)
+            rows = list(progress(_rows(partial, images, side, seed, workers), total=images, unit="phantom"))
+            import pandas as pd  # here, because every worker imports this module and none of them needs it
+
+            pd.DataFrame(rows).to_csv(partial / TABLE, index=False, encoding="utf-8-sig", lineterminator="\n")
+    return folder / TABLE
+
+
+@contextmanager
+def new_folder(folder: Path, stamp: dict[str, object], readme: str) -> Iterator[Path | None]:
+    """A folder to fill that turns into `folder` at the end, with README.txt and `phantom.json`: whole, or not at all.
+
+    None when `folder` is already what `stamp` describes. Raises UserError where it holds anything else.
+    """
     if _holds(folder, stamp):
-        logger.info("%s already holds these %d phantoms", folder, images)
-        return folder / TABLE
+        logger.info("%s already holds these phantoms", folder)
+        yield None
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had this number
     try:
-        (partial / "skincap" / "not_include").mkdir(parents=True)
-        rows = list(progress(_rows(partial, images, side, seed, workers), total=images, unit="phantom"))
-        import pandas as pd  # here, because every worker imports this module and none of them needs it
-
-        pd.DataFrame(rows).to_csv(partial / TABLE, index=False, encoding="utf-8-sig", lineterminator="\n")
-        (partial / "README.txt").write_text(README, encoding="utf-8")
+        partial.mkdir()
+        yield partial
+        (partial / "README.txt").write_text(readme, encoding="utf-8")
         (partial / STAMP).write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
         try:
             os.rename(partial, folder)
@@ -112,7 +129,6 @@ def write_skincap_layout(folder: Path, images: int, side: int = 224, seed: int =
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return folder / TABLE
 
 
 def _holds(folder: Path, stamp: dict[str, object]) -> bool:
@@ -132,17 +148,22 @@ def _holds(folder: Path, stamp: dict[str, object]) -> bool:
 def _rows(folder: Path, images: int, side: int, seed: int, workers: int | None) -> Iterator[dict[str, object]]:
     """Writes every picture and yields the table's rows in order."""
     jobs = [(folder / "skincap", seed, side, start, min(start + CHUNK, images)) for start in range(0, images, CHUNK)]
+    with threadpool_limits(1, "blas"):
+        _write_pictures((folder / "skincap" / "not_include", seed, side, images, images + SPARE))
+    for rows in drawn(_write_pictures, jobs, workers):
+        yield from rows
+
+
+def drawn(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int | None) -> Iterator[Result]:
+    """`work` on each job, in order, by so many processes (None: one per available core), without threads in them."""
     processes = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     with ExitStack() as stack:
         stack.enter_context(threadpool_limits(1, "blas"))
-        _write_pictures((folder / "skincap" / "not_include", seed, side, images, images + SPARE))
         if processes > 1:
             pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes, _start_worker))
-            written = pool.imap(_write_pictures, jobs)
+            yield from pool.imap(work, jobs)
         else:
-            written = map(_write_pictures, jobs)  # type: ignore[assignment]
-        for rows in written:
-            yield from rows
+            yield from map(work, jobs)
 
 
 def _start_worker() -> None:

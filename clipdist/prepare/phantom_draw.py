@@ -26,7 +26,12 @@ def draw(seed: int, index: int, side: int = 224) -> tuple[npt.NDArray[np.uint8],
 
 def paint(lesion: Lesion, rng: np.random.Generator, side: int = 224) -> npt.NDArray[np.uint8]:
     """A picture of `lesion`, uint8 (side, side, 3); `rng` decides what the attributes leave open."""
-    canvas = Canvas(lesion, rng, side)
+    return paint_on(Canvas(lesion, rng, side))
+
+
+def paint_on(canvas: Canvas) -> npt.NDArray[np.uint8]:
+    """The picture that a fresh canvas becomes."""
+    lesion, side = canvas.lesion, canvas.side
     draw_skin(canvas)
     draw_body(canvas)
     for structure in lesion.structures:

@@ -383,12 +383,14 @@ def _look(label: int) -> _Look:
     )
 
 
-def lesion_of(seed: int, index: int) -> Lesion:
-    """The attributes of phantom `index` of the collection `seed`: a pure function of both."""
+def lesion_of(seed: int, index: int, diagnosis: int | None = None) -> Lesion:
+    """The attributes of phantom `index` of the collection `seed`: a pure function of its arguments. `diagnosis`, a
+    place in `DIAGNOSES`, is drawn unless given."""
     number = patient_of(seed, index)
     patient = _patient(seed, number)
     rng = generator(seed, STREAM_LESION, index)
     label = int(np.searchsorted(_CUMULATIVE, rng.random(), side="right").clip(0, len(DIAGNOSES) - 1))
+    label = label if diagnosis is None else diagnosis
     name, family = DIAGNOSES[label]
     look = _look(label)
 

@@ -14,7 +14,7 @@ PROBES = ("Cardiomegaly", "Pleural Effusion", "Edema", "Pneumothorax")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(1200)
 def test_the_small_recipe_learns_what_radiographs_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw, data, run = tmp_path / "raw", tmp_path / "set", tmp_path / "runs" / "convirt"
     recipe = runpy.run_path(str(ROOT / "shards" / "mimic_cxr.py"))["main"]
@@ -35,7 +35,7 @@ def test_the_small_recipe_learns_what_radiographs_show(tmp_path: Path, capsys: p
 
     scores = found("set-test")
     for way in ("image_to_text", "text_to_image"):
-        assert scores[way]["R@10"]["value"] > 2.5 * scores[way]["R@10"]["chance"]
+        assert scores[way]["R@10"]["value"] > 1.8 * scores[way]["R@10"]["chance"]
     assert all(probe["score"]["value"] > 0.7 for probe in scores["probe"]["scores"])
     for kind in ("image", "text"):
         precision = found(f"{kind}-retrieval-query")["query_candidates"]

@@ -26,6 +26,8 @@ $(VENV)/.installed: setup.py constraints.txt pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable ".[dev,emoji]"
+	@# Without its own dependencies: only the photograph of stained skin inside is used.
+	$(PIP) --no-deps wsidicom-data
 	@touch $@
 
 install: $(VENV)/.installed  ## The environment in .venv

@@ -31,6 +31,7 @@ def test_from_raw_tiles_to_a_report(tmp_path: Path) -> None:
         "small=true",
         f"data.set={data}",
         f"runs={runs}",
+        "optim.warmup_steps=3",  # of ten
     )
     prompts = ("--classes", "launch/prompts/isic_classes.json", "--templates", "launch/prompts/isic_templates.txt")
     model = runs / "isic" / "model"

@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(processes: int, recipe: Callable[
     )
     whole, killed = tmp_path / "runs" / "whole", tmp_path / "runs" / "killed"
     run_to_end(processes, path, "name=whole")
-    kill_after(3, processes, path, "name=killed", run=killed)
+    kill_after(3, processes, path, "name=killed", run=killed, saved=True)
     assert 3 <= max(column(killed, "train/loss")) < 14, "the kill came in the middle"
     run_to_end(processes, path, "name=killed")
     assert column(killed, "train/loss") == column(whole, "train/loss")
@@ -104,16 +104,22 @@ def run_to_end(processes: int, *words: str | Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def kill_after(step: int, processes: int, *words: str | Path, run: Path, launcher_alone: bool = False) -> None:
-    """Starts a run, waits until it has logged a step, and kills it: launcher, ranks and loader workers, or the launcher
-    alone."""
+def kill_after(
+    step: int, processes: int, *words: str | Path, run: Path, launcher_alone: bool = False, saved: bool = False
+) -> None:
+    """Starts a run, waits until it has logged a step, and a checkpoint is complete if `saved`, and kills it: launcher,
+    ranks and loader workers, or the launcher alone."""
     process = subprocess.Popen(
         command(processes, *words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
     )
     family = [psutil.Process(process.pid)]
     try:
         end = time.monotonic() + 120
-        while not ((run / "metrics.jsonl").exists() and max(column(run, "train/loss"), default=0) >= step):
+        while not (
+            (run / "metrics.jsonl").exists()
+            and max(column(run, "train/loss"), default=0) >= step
+            and (not saved or (run / "checkpoints" / "latest").exists())
+        ):
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < end
             time.sleep(0.005)

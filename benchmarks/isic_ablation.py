@@ -25,7 +25,14 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "launch/recipes/isic.yaml"
 CLASSES, TEMPLATES = (ROOT / "launch/prompts" / name for name in ("isic_classes.json", "isic_templates.txt"))
-PLAIN = {"set": "plain", "data.groups": "none", "data.balance": '""', "train.stages": "[]", "train.epochs": "1"}
+PLAIN = {
+    "set": "plain",
+    "data.groups": "none",
+    "data.balance": '""',
+    "train.stages": "[]",
+    "train.epochs": "1",
+    "optim.warmup_steps": "20",
+}
 # Each arm is the one before it and the keys given here; `set` is a folder of packed tiles.
 ARMS: dict[str, dict[str, str]] = {
     "plain": PLAIN,

@@ -50,9 +50,19 @@ ARMS: dict[str, dict[str, str]] = {
 
 def make_sets(folder: Path, args: argparse.Namespace) -> None:
     """The sets `plain` and `metadata`, of the same tiles, and `test`."""
-    drawn = ("--phantom", args.tiles, "--phantom-side", SIDE, "--split", "train=0.95", "val=0.05")
-    tested = ("--phantom", args.test_tiles, "--phantom-side", SIDE, "--malignant", args.test_malignant)
-    tested = (*tested, "--seed", 1, "--split", "test=1.0")
+    side = ("--phantom-side", SIDE)
+    drawn = ("--phantom", args.tiles, *side, "--split", "train=0.95", "val=0.05")
+    tested = (
+        "--phantom",
+        args.test_tiles,
+        *side,
+        "--malignant",
+        args.test_malignant,
+        "--seed",
+        1,
+        "--split",
+        "test=1.0",
+    )
     for name, raw, words in (
         ("plain", "raw", drawn),
         ("metadata", "raw", (*drawn, "--metadata")),

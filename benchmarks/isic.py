@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 
 from clipdist.data.sets.pack import pack_pairs
-from clipdist.data.sets.recode import ImageOptions
+from clipdist.data.sets.recode import Check, ImageOptions
 from clipdist.data.sets.tables import split_pairs
 from clipdist.prepare.isic import KAGGLE, read_isic
 from clipdist.prepare.phantom_isic import PhantomOptions, write_isic_layout
@@ -75,7 +75,7 @@ def copy_file(raw: Path, out: Path) -> dict[str, float]:
     return {}
 
 
-def pack(raw: Path, out: Path, check: str) -> dict[str, float]:
+def pack(raw: Path, out: Path, check: Check) -> dict[str, float]:
     began = time.perf_counter()
     found = read_isic(raw, metadata=True)
     read = time.perf_counter()

@@ -25,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "launch/recipes/isic.yaml"
 CLASSES, TEMPLATES = (ROOT / "launch/prompts" / name for name in ("isic_classes.json", "isic_templates.txt"))
+SIDE = 48  # pixels, as the small recipe's image tower takes them
 PLAIN = {
     "set": "plain",
     "data.groups": "none",
@@ -49,8 +50,19 @@ ARMS: dict[str, dict[str, str]] = {
 
 def make_sets(folder: Path, args: argparse.Namespace) -> None:
     """The sets `plain` and `metadata`, of the same tiles, and `test`."""
-    drawn = ("--phantom", args.tiles, "--split", "train=0.9", "val=0.1")
-    tested = ("--phantom", args.test_tiles, "--malignant", args.test_malignant, "--seed", 1, "--split", "test=1.0")
+    side = ("--phantom-side", SIDE)
+    drawn = ("--phantom", args.tiles, *side, "--split", "train=0.95", "val=0.05")
+    tested = (
+        "--phantom",
+        args.test_tiles,
+        *side,
+        "--malignant",
+        args.test_malignant,
+        "--seed",
+        1,
+        "--split",
+        "test=1.0",
+    )
     for name, raw, words in (
         ("plain", "raw", drawn),
         ("metadata", "raw", (*drawn, "--metadata")),
@@ -108,7 +120,7 @@ def _cpu_seconds() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="for sets and runs; kept")
-    parser.add_argument("--tiles", type=int, default=32000, help="of training and validation")
+    parser.add_argument("--tiles", type=int, default=80000, help="of training and validation")
     parser.add_argument("--test-tiles", type=int, default=3000)
     parser.add_argument("--test-malignant", type=float, default=0.05)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -51,7 +52,7 @@ class Job:
         while not ((self.run / "metrics.jsonl").exists() and max(column(self.run, "train/loss"), default=0) >= step):
             state = self.slurm.job(self.number)
             assert state["JobState"] in ("RUNNING", "PENDING"), f"{state['JobState']}: {self.said()}"
-            assert time.monotonic() < end, self.said()
+            assert time.monotonic() < end, f"{self.said()}\n{self.states()}"
             time.sleep(0.05)
 
     def ranks(self) -> list[psutil.Process]:
@@ -66,6 +67,19 @@ class Job:
         for rank, _, process in sorted(found, key=lambda item: item[:2]):
             first.setdefault(rank, process)  # loader workers are forked from a rank later
         return list(first.values())
+
+    def states(self) -> str:
+        """What each rank and its loader workers are at, for a job that gets nowhere."""
+        lines = []
+        for rank, process in enumerate(self.ranks()):
+            for one in (process, *process.children(recursive=True)):
+                with suppress(psutil.Error, OSError):
+                    waits = [
+                        (thread / "comm").read_text().strip() + ":" + (thread / "wchan").read_text()
+                        for thread in sorted(Path(f"/proc/{one.pid}/task").iterdir())
+                    ]
+                    lines.append(f"rank {rank}: {one.pid} {one.status()} {sum(one.cpu_times()[:2]):.1f} s {waits}")
+        return "\n".join(lines)
 
     def finish(self, seconds: float = 240) -> dict[str, str]:
         try:

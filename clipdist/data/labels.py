@@ -1,8 +1,8 @@
 """The classes of a run: a field's values in the training split, numbered once and kept with run and model."""
 
 import json
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,6 @@ import numpy as np
 from clipdist.data.shards import BadSample, Split, write_atomically
 from clipdist.errors import UserError
 from clipdist.progress import progress
-
-logger = logging.getLogger(__name__)
 
 FORMAT = "clipdist-labels"
 FORMAT_VERSION = 1
@@ -115,12 +113,8 @@ def read_labels(split: Split, field: str) -> Labels:
     differing = {field, "text"}
     lacking: list[str] = []
     known: set[str] = set()
-    numbers = progress(range(len(split)), unit="sample", description=f"classes by {field}")
-    for number in numbers:
-        try:
-            fields = split.fields(number)
-        except BadSample:
-            continue
+    readable = readable_fields(split)
+    for number, fields in progress(readable, total=len(split), unit="sample", description=f"classes by {field}"):
         label = label_of(fields, field)
         if label is None:
             known |= fields.keys()
@@ -154,14 +148,15 @@ def read_labels(split: Split, field: str) -> Labels:
 
 def check_known(labels: Labels, split: Split) -> None:
     """Raises `UserError` where a sample of another split has a class that training has not."""
-    keys, fields = [], []
+    found = [(split.key(number), fields) for number, fields in readable_fields(split)]
+    labels.of([key for key, _ in found], [fields for _, fields in found], f"{split.folder}, split {split.name!r}")
+
+
+def readable_fields(split: Split) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, fields) of each sample of a split whose JSON can be read."""
     for number in range(len(split)):
-        try:
-            fields.append(split.fields(number))
-        except BadSample:
-            continue
-        keys.append(split.key(number))
-    labels.of(keys, fields, f"{split.folder}, split {split.name!r}")
+        with suppress(BadSample):
+            yield number, split.fields(number)
 
 
 def _is_plain(value: Any) -> bool:

@@ -34,6 +34,11 @@ AT_BOUND = (
 )
 
 
+def ends_at_bound(temperature: float) -> bool:
+    """Whether what `fit_temperature` gave is one of its bounds, where the likelihood has no maximum between them."""
+    return not BOUNDS[0] < temperature < BOUNDS[1]
+
+
 def at_bound(divided_by: float) -> str:
     """What to say of a fit that ended at a bound, where logits are divided by so much all the same."""
     return AT_BOUND + ("; so none is applied" if divided_by == 1 else "")
@@ -192,7 +197,7 @@ def calibration_table(
     for name, one in (("as trained", before), (f"divided by T = {temperature or 1:.3g}", after)):
         if one is not None:
             rows.append([f"  {name}", f"{one.rows:,}", *(cell(score) for score in (one.ece, one.nll, one.brier))])
-    told = bound or (temperature is not None and not BOUNDS[0] < temperature < BOUNDS[1])
+    told = bound or (temperature is not None and ends_at_bound(temperature))
     return "\n".join([*aligned(rows), *([at_bound(temperature or 1)] if told else [])])
 
 

@@ -3,7 +3,6 @@
 N = images, K = classes.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,13 +16,11 @@ from clipdist.data.evaluation import EvalPiece
 from clipdist.data.labels import Labels
 from clipdist.data.shards import Split
 from clipdist.errors import UserError
-from clipdist.evaluate.calibration import BOUNDS, calibrated, calibration_scores, fit_temperature
+from clipdist.evaluate.calibration import calibrated, calibration_scores, ends_at_bound, fit_temperature
 from clipdist.evaluate.classification import classification_scores, confused_classes, log_softmax
 from clipdist.evaluate.embed import encode_all, reading, warn_of_bad
 from clipdist.evaluate.estimates import Measured
 from clipdist.model.classifier import Classifier
-
-logger = logging.getLogger(__name__)
 
 MOST_IN_MATRIX = 200
 """Classes of which a confusion matrix is kept; of more, the pairs that are confused most."""
@@ -151,7 +148,7 @@ class Classified:
         """Of these rows, those of `split`. Where the likelihood has no maximum it is 1: the bound would make every
         probability 1, or all of them equal."""
         T = fit_temperature(self.logits_NK, self.label_N)
-        at_bound = not BOUNDS[0] < T < BOUNDS[1]
+        at_bound = ends_at_bound(T)
         return Temperature(1.0 if at_bound else T, split, at_bound)
 
     def calibration(self, temperature: Temperature) -> tuple[dict[str, Any], str]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from clipdist.data.shards import BadSample, ShardSet, Split
+from clipdist.data.labels import readable_fields
+from clipdist.data.shards import ShardSet, Split
 from clipdist.errors import UserError
 from clipdist.evaluate.classifier import Classified, Predictions, Temperature, predict_split
 from clipdist.evaluate.examples import Mistake
@@ -34,10 +35,10 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 class ClassifierEvaluation:
-    """Scores of one classifier on one split. Images without a class of the model's are left out, and counted."""
+    """Scores of one classifier on one split, by options that `check_options` has let pass. Images without a class of
+    the model's are left out, and counted."""
 
     def __init__(self, args: argparse.Namespace, shard_set: ShardSet, saved: SavedClassifier) -> None:
-        check_options(args)
         self.args, self.saved, self.split = args, saved, shard_set.split(args.split)
         self.found: Predictions = predict_split(saved.model, self.split, workers=args.workers)
         fields, field = self.found.fields, saved.labels.field
@@ -95,7 +96,8 @@ class ClassifierEvaluation:
     def _shared_units(self, trained: Split, units: list[Any]) -> Iterator[str]:
         if trained.is_remote:  # all of it would have to be fetched
             return
-        known = set(map(str, _values(trained, self.args.unit)))
+        held = (fields.get(self.args.unit) for _, fields in readable_fields(trained))
+        known = {str(unit) for unit in held if unit is not None}
         shared = sum(unit is not None and str(unit) in known for unit in units)
         if shared:
             yield (
@@ -131,13 +133,3 @@ class ClassifierEvaluation:
         from clipdist.evaluate.report import write_report
 
         return write_report(run, mistakes=self.mistakes(self.args.examples), scores=self.body)
-
-
-def _values(split: Split, field: str) -> Iterator[Any]:
-    for number in range(len(split)):
-        try:
-            value = split.fields(number).get(field)
-        except BadSample:
-            continue
-        if value is not None:
-            yield value

@@ -143,7 +143,7 @@ class Suite:
         label_N: np.ndarray,
         tolerance: float,
     ) -> Part:
-        from clipdist.evaluate.calibration import BOUNDS, calibrated, fit_temperature
+        from clipdist.evaluate.calibration import calibrated, ends_at_bound, fit_temperature
         from clipdist.evaluate.zero_shot import class_logits, labels_of
 
         held = self._embedded(split)
@@ -155,7 +155,7 @@ class Suite:
             label_N,
             T,
             fitted_on=split,
-            at_bound=not BOUNDS[0] < T < BOUNDS[1],
+            at_bound=ends_at_bound(T),
             tolerance=tolerance,
             **self._resampled(),
         )

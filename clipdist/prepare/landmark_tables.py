@@ -5,6 +5,7 @@ An id of 16 hexadecimal digits is held as the number that it writes, uint64, so 
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,9 +236,7 @@ def friendly(category: str) -> str:
 
 def unique_names(names: dict[int, str]) -> dict[int, str]:
     """The same names, but for those that several landmarks share, which get the landmark's number."""
-    count: dict[str, int] = {}
-    for name in names.values():
-        count[name] = count.get(name, 0) + 1
+    count = Counter(names.values())
     taken = {name for name, times in count.items() if times == 1}
     found = {}
     for landmark, name in names.items():

@@ -21,11 +21,11 @@ from typing import Any
 
 import pandas as pd
 
+from clipdist.data.images.dicom import require_pydicom
 from clipdist.data.sets.pack import SPLIT_NAME, Pair, Rejected
 from clipdist.data.sets.tables import check_columns, key_from, read_table
 from clipdist.data.shards import checksum_file
 from clipdist.errors import UserError
-from clipdist.prepare.dicom import require_pydicom
 from clipdist.prepare.radiology_reports import CAPTIONS, LAST_PARAGRAPH, MIN_TOKENS, report_captions
 from clipdist.prepare.report_text import UnusableReport, decoded
 from clipdist.progress import progress

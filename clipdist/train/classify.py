@@ -6,7 +6,6 @@ The loss is a mean over rows. So gradients of micro-batches add up, nothing is e
 which have equally many rows, is that of the global batch.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,18 +26,14 @@ from clipdist.errors import UserError, disk_errors
 from clipdist.evaluate.classifier import Classified, predict_split
 from clipdist.model.build import build_classifier
 from clipdist.model.classifier import Classifier
-from clipdist.model.saved_classifier import save_classifier
+from clipdist.model.saved_classifier import LABELS, save_classifier
 from clipdist.model.tower_model import TowerModel
-from clipdist.train.engine import PRECISIONS, Engine
+from clipdist.train.engine import Engine
 from clipdist.train.objective import Objective, Step, Validation
 from clipdist.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from clipdist.config import RunConfig
-
-logger = logging.getLogger(__name__)
-
-LABELS = "labels.json"
 
 
 class Classify(Objective):
@@ -91,17 +86,8 @@ class Classify(Objective):
         return Step(loss_sum / world.connected().world_size, {"train/top1": right / self.order.global_batch})
 
     def validate(self, engine: Engine, split: Split) -> Validation | None:
-        config = self.config
         assert isinstance(engine.model, Classifier)
-        found = predict_split(
-            engine.model,
-            split,
-            workers=config.evaluate.workers,
-            precision=PRECISIONS[config.train.precision],
-            max_image_pixels=config.data.max_image_pixels,
-            quiet=True,
-            in_step=engine.needs_all_ranks,
-        )
+        found = predict_split(engine.model, split, **self._reading(engine))
         if not engine.accelerator.is_main_process:
             return None
         label_N = self.labels.of(found.keys, found.fields, f"{split.folder}, split {split.name!r}")

@@ -22,7 +22,7 @@ from clipdist.model.dual_encoder import DualEncoder
 from clipdist.model.saved import save_model
 from clipdist.model.tower_model import TowerModel
 from clipdist.train.collapse import CollapseWatch
-from clipdist.train.engine import PRECISIONS, Engine, Inputs
+from clipdist.train.engine import Engine, Inputs
 from clipdist.train.objective import Objective, Step, Validation
 from clipdist.train.run_folder import RunFolder
 from clipdist.train.step import compute_gradient
@@ -83,16 +83,7 @@ class Contrastive(Objective):
     def validate(self, engine: Engine, split: Split) -> Validation | None:
         config = self.config
         assert isinstance(engine.model, DualEncoder)
-        embeddings = embed_split(
-            engine.model,
-            self.tokenizer,
-            split,
-            workers=config.evaluate.workers,
-            precision=PRECISIONS[config.train.precision],
-            max_image_pixels=config.data.max_image_pixels,
-            quiet=True,
-            in_step=engine.needs_all_ranks,
-        )
+        embeddings = embed_split(engine.model, self.tokenizer, split, **self._reading(engine))
         scale, bias = engine.temperature()
         if not engine.accelerator.is_main_process:
             return None

@@ -17,6 +17,7 @@ from torch import Tensor
 from clipdist import world
 from clipdist.data.shards import Split
 from clipdist.settings import settings
+from clipdist.train.engine import PRECISIONS, Engine
 
 if TYPE_CHECKING:
     from clipdist.config import RunConfig
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from clipdist.data.order import SampleOrder
     from clipdist.data.rows import TrainRows
     from clipdist.model.tower_model import TowerModel
-    from clipdist.train.engine import Engine
     from clipdist.train.run_folder import RunFolder
 
 Name = Literal["contrastive", "classify"]
@@ -118,13 +118,13 @@ class Objective(ABC):
         """What loader workers read."""
 
     @abstractmethod
-    def gradient(self, engine: "Engine", batch: "Batch", micro_batch: int, seed: Callable[[int], None]) -> Step:
+    def gradient(self, engine: Engine, batch: "Batch", micro_batch: int, seed: Callable[[int], None]) -> Step:
         """Leaves the gradient of the global batch's loss in the engine; `batch` is this rank's b rows of it.
 
         `seed` is called with the number of a micro-batch before each of its passes, and sets the random state it has.
         """
 
-    def after_update(self, engine: "Engine") -> None:
+    def after_update(self, engine: Engine) -> None:
         """Puts back what a step may not move further."""
         return None
 
@@ -137,7 +137,7 @@ class Objective(ABC):
         return None
 
     @abstractmethod
-    def validate(self, engine: "Engine", split: Split) -> Validation | None:
+    def validate(self, engine: Engine, split: Split) -> Validation | None:
         """Measures the split; None on all ranks but 0."""
 
     @abstractmethod
@@ -162,6 +162,17 @@ class Objective(ABC):
     @abstractmethod
     def describe_validation(self, values: Mapping[str, float]) -> str:
         """What the line of a validation says."""
+
+    def _reading(self, engine: Engine) -> dict[str, Any]:
+        """How a validation reads and passes through the model, for `embed_split` and its like."""
+        config = self.config
+        return {
+            "workers": config.evaluate.workers,
+            "precision": PRECISIONS[config.train.precision],
+            "max_image_pixels": config.data.max_image_pixels,
+            "quiet": True,
+            "in_step": engine.needs_all_ranks,
+        }
 
     def _make_once(self, folder: "RunFolder", complete: Path, make: Callable[[], None]) -> None:
         """`make` on rank 0, unless a start that this one goes on from has left `complete`."""

@@ -14,13 +14,13 @@ from PIL import Image
 
 pytest.importorskip("pydicom", reason="pydicom (extra: radiology) is not installed")
 
+from clipdist.data.images import dicom
+from clipdist.data.images.dicom import UnusableDicom, dicom_picture
 from clipdist.data.sets.pack import Pair, pack_pairs
 from clipdist.data.sets.recode import ImageOptions, UnusableImage, recode
 from clipdist.data.sets.tables import read_folder
 from clipdist.data.shards import ShardSet
 from clipdist.errors import UserError
-from clipdist.prepare import dicom
-from clipdist.prepare.dicom import UnusableDicom, dicom_picture
 from tests.unit.dicoms import dicom_bytes, dicom_dataset, ramp
 
 MOST = 1_000_000

@@ -208,7 +208,7 @@ def _recode(data: bytes, options: ImageOptions) -> tuple[bytes, str]:
 def _opened(data: bytes, options: ImageOptions) -> Image.Image:
     """Not decoded yet, but for DICOM, of which only 8-bit grey is left."""
     if data[128:132] == b"DICM":
-        from clipdist.prepare.dicom import UnusableDicom, dicom_picture
+        from clipdist.data.images.dicom import UnusableDicom, dicom_picture
 
         try:
             return dicom_picture(data, options.max_pixels)

@@ -20,11 +20,6 @@ class UnusableDicom(ValueError):
     """A DICOM file that holds no single radiograph, or a damaged one; the message says why."""
 
 
-def is_dicom(data: bytes) -> bool:
-    """Whether a file's bytes begin as DICOM's part 10 asks: a preamble of 128 bytes, then DICM."""
-    return data[128:132] == b"DICM"
-
-
 def require_pydicom() -> Any:
     """The module; `UserError` when it is not installed."""
     try:

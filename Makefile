@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart emoji test test-all test-cluster lint clean
+.PHONY: help install quickstart emoji test test-all test-browser test-cluster lint clean
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -65,10 +65,15 @@ TEST_JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 test: lint  ## Lint and the quick suite
-	$(PYTEST) -m "not slow and not cluster"
+	$(PYTEST) -m "not slow and not cluster and not browser"
 
-test-all: lint  ## Lint and every test but those on a SLURM
-	$(PYTEST) -m "not cluster"
+test-all: lint  ## Lint and every test but those on a SLURM or in a browser
+	$(PYTEST) -m "not cluster and not browser"
+
+test-browser: $(VENV)/.installed-dev  ## The page of `clipdist serve` in Chromium; as root installs Debian's
+	@command -v chromium >/dev/null \
+		|| { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium >/dev/null; }
+	$(BIN)/python -m pytest -m browser tests/e2e
 
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2
 CLUSTER_TESTS ?= cluster

@@ -44,6 +44,11 @@ REQUIRED = [
 PATHOLOGY = ["openslide-python>=1.4", "openslide-bin>=4.0", "tifffile>=2024.8", "pypdf>=5.0"]
 RADIOLOGY = ["pydicom>=3.0"]
 ISIC = ["h5py>=3.10"]
+# A service of our own page: gradio pins an older Pillow, loads fonts from elsewhere, and cannot be given these limits.
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus-client>=0.20"]
+ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
+SEARCH = ["faiss-cpu>=1.9"]
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 
 EXTRAS = {
     "dev": [
@@ -63,6 +68,12 @@ EXTRAS = {
         *PATHOLOGY,
         *RADIOLOGY,
         *ISIC,
+        *SERVE,
+        *ONNX,
+        *SEARCH,
+        *DOCS,
+        "schemathesis>=4.0",  # requests that the service's schema does not expect
+        "playwright>=1.50",  # drives Debian's Chromium over the page
         "imagecodecs>=2024.6",  # without it tifffile writes no JPEG tiles, of which phantom slides consist
         "scikit-image>=0.24",  # carries a photograph of stained tissue
     ],
@@ -74,6 +85,10 @@ EXTRAS = {
     "pathology": PATHOLOGY,
     "radiology": RADIOLOGY,  # radiographs in DICOM
     "isic": ISIC,  # Kaggle's form of ISIC 2024
+    "serve": SERVE,  # `clipdist serve`
+    "onnx": ONNX,  # `clipdist export --to onnx`
+    "search": SEARCH,  # `clipdist search` in more than a million rows
+    "docs": DOCS,
     "emoji": ["resvg-py>=0.2"],  # draws the SVG icons of shards/emoji.py
 }
 
@@ -86,7 +101,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["clipdist", "clipdist.*"]),
-    package_data={"clipdist": ["py.typed", "evaluate/*.j2"]},
+    package_data={"clipdist": ["py.typed", "evaluate/*.j2", "publish/*.j2", "publish/serve/page/*"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["clipdist = clipdist.cli:main"]},

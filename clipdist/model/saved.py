@@ -11,11 +11,11 @@ can prepare images or captions differently from training.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,13 +27,16 @@ from safetensors.torch import load_file, save_file
 from clipdist.data.images.decode import load_for_evaluation
 from clipdist.data.images.pillow import to_rgb
 from clipdist.data.images.resize import fit
-from clipdist.data.shards import BadSample, fsync_folder
+from clipdist.data.shards import BadSample, checksum_file, fsync_folder
 from clipdist.data.text import Tokenizer
 from clipdist.errors import UserError, disk_errors
 from clipdist.model.build import rebuild_model
 from clipdist.model.dual_encoder import DualEncoder, ModelConfig
 from clipdist.model.tower_model import TowerModel
 from clipdist.model.towers import first_line
+
+if TYPE_CHECKING:
+    from clipdist.publish.zero_shot import ZeroShotClassifier
 
 FORMAT = "clipdist-model"
 FORMAT_VERSION = 1
@@ -141,22 +144,24 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Any:
                 f"{path}: found {body.get('format')!r} version {body.get('version')!r}, "
                 f"expected {FORMAT!r} version {FORMAT_VERSION}"
             )
+        weights = folder / "model.safetensors"
         scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
         if body.get("objective", "contrastive") == "classify":
             from clipdist.model.saved_classifier import load_classifier
 
-            return load_classifier(folder, body, scores, device)
+            return load_classifier(folder, body, scores, device, checksum_file(weights))
         config = TypeAdapter(ModelConfig).validate_python(body["model"])
         tokenizer = Tokenizer.load(folder / "tokenizer", config.text.max_tokens, config.text.fills)
         model = rebuild_model(config, tokenizer, folder / "text_config")
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(load_file(weights))
+        digest = checksum_file(weights)
     except FileNotFoundError as error:
         raise UserError(f"{folder}: not a finished model: {Path(error.filename or 'a file').name} is missing") from None
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged model ({type(error).__name__}: {first_line(error)})") from None
-    return SavedModel(model.to(device).eval(), tokenizer, body["about"], scores, device)
+    return SavedModel(model.to(device).eval(), tokenizer, body["about"], scores, device, digest)
 
 
 def load_dual_encoder(folder: str | Path, device: str | torch.device | None = None) -> "SavedModel":
@@ -168,10 +173,18 @@ def load_dual_encoder(folder: str | Path, device: str | torch.device | None = No
 
 
 class Saved:
-    """A trained model with its own preprocessing. `scores` and `about` are what training wrote down."""
+    """A trained model with its own preprocessing. `scores` and `about` are what training wrote down; `digest` is the
+    xxh3-64 of its weights' file, by which what was made with it is known again."""
 
-    def __init__(self, model: TowerModel, about: dict[str, Any], scores: dict[str, Any], device: torch.device) -> None:
-        self.model, self.about, self.scores, self.device = model, about, scores, device
+    def __init__(
+        self,
+        model: TowerModel,
+        about: dict[str, Any],
+        scores: dict[str, Any],
+        device: torch.device,
+        digest: str = "",
+    ) -> None:
+        self.model, self.about, self.scores, self.device, self.digest = model, about, scores, device, digest
 
     def preprocess(self, image: ImageLike) -> torch.Tensor:
         """One image -> uint8 [3, side, side], exactly as in evaluation during training.
@@ -215,8 +228,9 @@ class SavedModel(Saved):
         about: dict[str, Any],
         scores: dict[str, Any],
         device: torch.device,
+        digest: str = "",
     ) -> None:
-        super().__init__(model, about, scores, device)
+        super().__init__(model, about, scores, device, digest)
         self.tokenizer = tokenizer
 
     @property
@@ -242,6 +256,29 @@ class SavedModel(Saved):
             tokens, mask = self.tokenizer.pad(self.tokenizer.encode(some))
             parts.append(self.model.encode_text(tokens.to(self.device), mask.to(self.device)))
         return torch.cat(parts).cpu().numpy() if parts else np.zeros((0, self.width), np.float32)
+
+    def zero_shot(
+        self,
+        classes: Sequence[str] | Mapping[str, str | Sequence[str]],
+        templates: Sequence[str] = (),
+        temperature: float | None = None,
+    ) -> "ZeroShotClassifier":
+        """A classifier of images by names of classes: a list, or class -> the name or names that stand in prompts.
+
+        `templates` hold one `{}` each, CLIP's plainest three unless given; `temperature` is the model's unless given,
+        such as one that `clipdist eval --calibrate` fitted. Raises `UserError` for fewer than two classes.
+        """
+        from clipdist.publish.zero_shot import ZeroShotClassifier
+
+        return ZeroShotClassifier(self, classes, templates, temperature)
+
+
+def likeliest(probability_NK: np.ndarray, names: Sequence[str], top: int) -> list[list[tuple[str, float]]]:
+    """For each row its `top` likeliest classes, (name, probability), the likeliest first; ties in order."""
+    order_NK = np.argsort(-probability_NK, axis=1, kind="stable")[:, :top]
+    return [
+        [(names[k], float(row[k])) for k in best] for row, best in zip(probability_NK, order_NK.tolist(), strict=True)
+    ]
 
 
 def _in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

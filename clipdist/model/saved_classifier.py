@@ -20,7 +20,7 @@ from clipdist.data.labels import Labels
 from clipdist.model.build import rebuild_classifier
 from clipdist.model.classifier import Classifier, ClassifyConfig
 from clipdist.model.dual_encoder import ModelConfig
-from clipdist.model.saved import ImageLike, Saved, save_folder
+from clipdist.model.saved import ImageLike, Saved, likeliest, save_folder
 
 LABELS = "labels.json"
 
@@ -54,7 +54,7 @@ def save_classifier(
 
 
 def load_classifier(
-    folder: Path, body: dict[str, Any], scores: dict[str, Any], device: torch.device
+    folder: Path, body: dict[str, Any], scores: dict[str, Any], device: torch.device, digest: str
 ) -> "SavedClassifier":
     """`load` calls it, and turns what goes wrong into its errors."""
     config = TypeAdapter(ModelConfig).validate_python(body["model"])
@@ -62,7 +62,7 @@ def load_classifier(
     labels = Labels.load(folder / LABELS)
     model = rebuild_classifier(config, classify, len(labels))
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    return SavedClassifier(model.to(device).eval(), labels, body["temperature"], body["about"], scores, device)
+    return SavedClassifier(model.to(device).eval(), labels, body["temperature"], body["about"], scores, device, digest)
 
 
 class SavedClassifier(Saved):
@@ -79,9 +79,15 @@ class SavedClassifier(Saved):
         about: dict[str, Any],
         scores: dict[str, Any],
         device: torch.device,
+        digest: str = "",
     ) -> None:
-        super().__init__(model, about, scores, device)
+        super().__init__(model, about, scores, device, digest)
         self.labels, self._temperature = labels, temperature
+
+    @property
+    def names(self) -> list[str]:
+        """Of the classes, in their order."""
+        return list(self.labels.names)
 
     @property
     def temperature(self) -> float:
@@ -112,12 +118,7 @@ class SavedClassifier(Saved):
         self, images: Iterable[ImageLike], top: int = 5, micro_batch: int = 64
     ) -> list[list[tuple[str, float]]]:
         """For each image its `top` likeliest classes, (name, probability), the likeliest first."""
-        probability_NK = self.predict_proba(images, micro_batch)
-        order = np.argsort(-probability_NK, axis=1, kind="stable")[:, :top]
-        return [
-            [(self.labels.names[k], float(row[k])) for k in best]
-            for row, best in zip(probability_NK, order.tolist(), strict=True)
-        ]
+        return likeliest(self.predict_proba(images, micro_batch), self.names, top)
 
     def encode_image(self, images: Iterable[ImageLike], micro_batch: int = 64) -> np.ndarray:
         """float32 [N, C] unit vectors: what the image tower gives."""

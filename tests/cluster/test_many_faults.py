@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -64,8 +65,13 @@ class Faults:
 
     def signal(self) -> str:
         number = self.dice.choice(("USR1", "USR2", "TERM"))
-        self.job.slurm.run("scancel", f"--signal={number}", self.job.number)
-        return f"scancel --signal={number}"
+        # To a job on its way into the queue, scancel would try to bring the signal for longer than a minute.
+        if self.job.slurm.job(self.job.number)["JobState"] != "RUNNING":
+            return ""
+        with suppress(subprocess.TimeoutExpired):
+            self.job.slurm.run("scancel", f"--signal={number}", self.job.number)
+            return f"scancel --signal={number}"
+        return ""
 
     def requeue(self) -> str:
         self.job.slurm.run("scontrol", "requeue", self.job.number)

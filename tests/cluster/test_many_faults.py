@@ -94,7 +94,7 @@ class Faults:
     def kill_a_task(self) -> str:
         if (rank := self._some_rank()) is None:
             return ""
-        with suppress(psutil.Error, IndexError):
+        with suppress(psutil.Error, StopIteration):
             task = next(parent for parent in rank.parents() if "node" in parent.cmdline()[2:3])
             task.kill()
             return "SIGKILL to a node's task"

@@ -31,6 +31,26 @@ class ProjectionConfig:
 
 
 @settings
+class TextProjectionConfig:
+    """The text tower's projection; its keys are read where it is not `same`."""
+
+    kind: Literal["same", "linear", "mlp"] = "same"
+    """same: as `projection` says."""
+    hidden: NonNegativeInt = 0
+    layer_norm: bool = False
+    dropout: Share = 0.0
+    bias: bool = False
+
+    def beside(self, other: ProjectionConfig) -> ProjectionConfig:
+        """What is built, where the image tower has the other one."""
+        if self.kind == "same":
+            return other
+        return ProjectionConfig(
+            kind=self.kind, hidden=self.hidden, layer_norm=self.layer_norm, dropout=self.dropout, bias=self.bias
+        )
+
+
+@settings
 class TemperatureConfig:
     initial: float = 0.07
     learned: bool = True
@@ -50,6 +70,7 @@ class ModelConfig:
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     width: PositiveInt = 512
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    text_projection: TextProjectionConfig = field(default_factory=TextProjectionConfig)
     temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
 
 
@@ -113,7 +134,7 @@ class DualEncoder(TowerModel):
         super().__init__(config)
         self.image, self.text = image, text
         self.image_projection = projection(config.projection, image.width, config.width)
-        self.text_projection = projection(config.projection, text.width, config.width)
+        self.text_projection = projection(config.text_projection.beside(config.projection), text.width, config.width)
         self.temperature = Temperature(config.temperature)
 
     @property

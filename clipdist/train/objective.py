@@ -49,6 +49,7 @@ IGNORED: dict[Name, tuple[str, ...]] = {
         "model.text",
         "model.width",
         "model.projection",
+        "model.text_projection",
         "model.temperature",
         "data.groups",
         "data.caption",

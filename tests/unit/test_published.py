@@ -39,11 +39,12 @@ def words() -> Tokenizer:
 
 
 @torch.no_grad()
-def shaken(model: torch.nn.Module) -> torch.nn.Module:
-    """No bias zero and no scale one, so that each weight shows."""
+def shaken(model: torch.nn.Module, by: float = 0.1) -> torch.nn.Module:
+    """No bias zero and no scale one, so that each weight and each stored statistic shows."""
     torch.manual_seed(5)
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.1)
+    statistics = [tensor for name, tensor in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    for tensor in [*model.parameters(), *statistics]:
+        tensor.add_(torch.randn_like(tensor) * by)
     return model.eval()
 
 
@@ -143,14 +144,37 @@ OPEN_CLIP: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 
 
+RESIDUAL = {"image_size": 64, "layers": [3, 4, 6, 3], "width": 64, "patch_size": None}
+
+
+def encoder(folder: Path, kind: str) -> dict[str, Any]:
+    """The text section of a model of open_clip with an encoder of transformers, whose configuration this writes."""
+    tokenizer = words()
+    config = transformers.AutoConfig.for_model(
+        kind,
+        **SMALL,
+        vocab_size=len(tokenizer) + 5,  # padded to a round number, as published ones often are
+        max_position_embeddings=20,
+        pad_token_id=tokenizer.pad_id,
+    )
+    config.save_pretrained(folder / "encoder")
+    tokenizer.save(folder / "encoder")
+    return {"hf_model_name": str(folder / "encoder"), "hf_model_pretrained": False, "context_length": 16}
+
+
 def write_open_clip(
     folder: Path, vision: dict[str, Any], text: dict[str, Any], rest: dict[str, Any], pickled: bool
 ) -> Any:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     tokenizer = words()
-    config = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": {**text, "vocab_size": len(tokenizer)}, **rest}
-    kind: Any = open_clip.CustomTextCLIP if "custom_text" in rest or "timm_model_name" in vision else open_clip.CLIP
-    model = shaken(kind(**{key: value for key, value in config.items() if key != "custom_text"}))
+    if "hf_model_name" not in text:
+        text = {**text, "vocab_size": len(tokenizer)}
+    config = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text, **rest}
+    custom = "custom_text" in rest or "timm_model_name" in vision or "hf_model_name" in text
+    kind: Any = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    # A residual tower, shaken as much as the others, would give numbers beyond what float32 tells apart.
+    by = 0.02 if "layers" in vision and isinstance(vision["layers"], list) else 0.1
+    model = shaken(kind(**{key: value for key, value in config.items() if key != "custom_text"}), by)
     body = {"model_cfg": config, "preprocess_cfg": {"mean": MEAN, "std": STD, "resize_mode": "squash"}}
     (folder / "open_clip_config.json").write_text(json.dumps(body))
     if pickled:  # as its training leaves it
@@ -185,6 +209,48 @@ def test_it_gives_what_open_clip_gives(name: str, pickled: bool, recipe: Recipe,
     assert scale.item() == pytest.approx(theirs.logit_scale.exp().item(), rel=1e-6)
     assert (bias is None) == (name != "SigLIP")
     assert config.model.image.resize == "squash"
+
+
+@pytest.mark.parametrize(
+    ("vision", "kind", "pooler", "projection"),
+    [
+        ({**OF_TIMM, "timm_pool": ""}, "bert", "cls_last_hidden_state_pooler", "mlp"),  # BiomedCLIP's
+        ({**OF_TIMM, "timm_proj": "mlp"}, "roberta", "mean_pooler", "linear"),
+        (VISION, "bert", "mean_pooler", "linear"),
+    ],
+)
+@torch.no_grad()
+def test_text_towers_of_transformers_in_open_clip(
+    vision: dict[str, Any], kind: str, pooler: str, projection: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    text = {**encoder(tmp_path, kind), "hf_pooler_type": pooler, "hf_proj_type": projection}
+    published = tmp_path / "published"
+    theirs = write_open_clip(published, vision, text, {}, pickled=False)
+    config, tokenizer, model = made(recipe, f"open_clip:{published}")
+    images = pixels(config.model.image.side)
+    assert (model.encode_image(images) - theirs.encode_image(normalised(images), normalize=True)).abs().max() < 1e-5
+    tokens, mask = tokenizer.pad(tokenizer.encode(TEXTS))
+    assert (model.encode_text(tokens, mask) - theirs.encode_text(tokens, normalize=True)).abs().max() < 1e-5
+    # The text tower's configuration may lie inside the folder, where nothing is asked of a hub.
+    (tmp_path / "encoder").rename(published / "encoder")
+    spoil(
+        published, lambda body: body["model_cfg"]["text_cfg"].update(hf_model_name="encoder"), "open_clip_config.json"
+    )
+    _, _, again = made(recipe, f"open_clip:{published}")
+    assert torch.equal(again.encode_text(tokens, mask), model.encode_text(tokens, mask))
+
+
+@torch.no_grad()
+def test_the_residual_networks_of_clip(recipe: Recipe, tmp_path: Path) -> None:
+    theirs = write_open_clip(tmp_path / "published", RESIDUAL, TEXT, {}, pickled=False)
+    config, _, model = made(recipe, f"open_clip:{tmp_path / 'published'}")
+    assert config.model.image.name == "timm:resnet50_clip"
+    images = pixels(64)
+    expected = theirs.encode_image(normalised(images), normalize=True)
+    assert (model.encode_image(images) - expected).abs().max() < 1e-5
+    assert expected.std(dim=0).max() > 3e-4, "images differ by far more than these"
+    larger = made(recipe, f"open_clip:{tmp_path / 'published'}", "model.image.side=96")[2]
+    assert larger.encode_image(pixels(96)).shape == (3, 64)
 
 
 def test_training_starts_there_and_the_model_needs_the_source_no_more(recipe: Recipe, tmp_path: Path) -> None:
@@ -303,11 +369,13 @@ def test_what_is_not_there(init: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("vision", "text", "message"),
     [
-        ({**VISION, "layers": [3, 4, 6, 3]}, TEXT, "that of a ResNet"),
+        ({**VISION, "layers": [1, 1, 1, 1]}, TEXT, r"a ResNet of \[1, 1, 1, 1\] blocks, 32 wide"),
         ({**VISION, "attentional_pool": True}, TEXT, "vision_cfg has attentional_pool, which is not understood"),
-        (VISION, {**TEXT, "hf_model_name": "roberta-base"}, "text_cfg has hf_model_name"),
+        (VISION, {**TEXT, "hf_model_name": "roberta-base"}, "text_cfg has heads, layers, width"),
+        (VISION, {"hf_model_name": "roberta-base", "hf_pooler_type": "cls_pooler"}, "hf_pooler_type='cls_pooler'"),
+        (VISION, {"hf_model_name": "roberta-base", "hf_proj_type": "none"}, "hf_proj_type='none'"),
         (VISION, {**TEXT, "no_causal_mask": True}, "expected CLIP's or SigLIP's"),
-        ({**OF_TIMM, "timm_proj": "mlp"}, TEXT, "timm_proj='mlp', expected linear or none"),
+        ({**OF_TIMM, "timm_proj": "other"}, TEXT, "timm_proj='other', expected linear, mlp or none"),
     ],
 )
 def test_models_of_open_clip_of_other_kinds(

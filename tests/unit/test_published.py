@@ -173,6 +173,7 @@ def write_open_clip(
     custom = "custom_text" in rest or "timm_model_name" in vision or "hf_model_name" in text
     kind: Any = open_clip.CustomTextCLIP if custom else open_clip.CLIP
     # A residual tower, shaken as much as the others, would give numbers beyond what float32 tells apart.
+    torch.manual_seed(3)
     by = 0.02 if "layers" in vision and isinstance(vision["layers"], list) else 0.1
     model = shaken(kind(**{key: value for key, value in config.items() if key != "custom_text"}), by)
     body = {"model_cfg": config, "preprocess_cfg": {"mean": MEAN, "std": STD, "resize_mode": "squash"}}
@@ -246,9 +247,10 @@ def test_the_residual_networks_of_clip(recipe: Recipe, tmp_path: Path) -> None:
     config, _, model = made(recipe, f"open_clip:{tmp_path / 'published'}")
     assert config.model.image.name == "timm:resnet50_clip"
     images = pixels(64)
+    images[0], images[1] = 0, 255
     expected = theirs.encode_image(normalised(images), normalize=True)
     assert (model.encode_image(images) - expected).abs().max() < 1e-5
-    assert expected.std(dim=0).max() > 3e-4, "images differ by far more than these"
+    assert expected.std(dim=0).max() > 1e-3, "images differ by far more than these"
     larger = made(recipe, f"open_clip:{tmp_path / 'published'}", "model.image.side=96")[2]
     assert larger.encode_image(pixels(96)).shape == (3, 64)
 

@@ -97,7 +97,8 @@ def trained(folder: Path, name: str, keys: dict[str, str], seed: int, overrides:
     words = [f"{key}={value}" for key, value in keys.items() if key != "set"]
     words += [f"data.set={folder / keys['set']}", f"name={run}", f"runs={folder / 'runs'}", f"seed={seed}"]
     config = load_config(RECIPE, ["small=true", *words, *overrides])
-    assert train(config) == 0
+    if code := train(config):
+        sys.exit(code)  # stopped by a signal: the same command goes on
     saved, tested = load(config.folder / "model", "cpu"), ShardSet.open(folder / "test")
     templates = read_templates(TEMPLATES)
     asked = Asked("test", "none", zero_shot="label", classes=CLASSES, templates=templates, workers=0)

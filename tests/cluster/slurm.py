@@ -18,7 +18,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -306,7 +306,8 @@ class LocalSlurm:
             ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
             return found.get("JobState") in states or (found.get("JobState") in ended)
 
-        self._until(there, seconds, f"job {number} is {' or '.join(states)}")
+        what = f"job {number} is {' or '.join(states)}"
+        self._until(there, seconds, what, lambda: f"{self.run('scontrol', 'show', 'job')}\n{self.logs()}")
         told = f"job {number} is {found['JobState']}, exit code {found['ExitCode']}"
         assert found["JobState"] in states, f"{told}\n{self.logs()}"
         return found
@@ -316,8 +317,8 @@ class LocalSlurm:
         paths = [self.root / "slurmctld.log", *sorted(self.root.glob("slurmd-*.log"))]
         return "\n".join(line for path in paths for line in path.read_text(errors="replace").splitlines()[-25:])
 
-    def _until(self, there: Any, seconds: float, what: str) -> None:
+    def _until(self, there: Any, seconds: float, what: str, more: Callable[[], str] = str) -> None:
         end = time.monotonic() + seconds
         while not there():
-            assert time.monotonic() < end, f"not within {seconds:.0f} s: {what}"
+            assert time.monotonic() < end, f"not within {seconds:.0f} s: {what}\n{more()}"
             time.sleep(0.1)

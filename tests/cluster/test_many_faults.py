@@ -115,7 +115,7 @@ class Faults:
         # All cores, but not --exclusive, which takes GPUs that SLURM may hold for lost.
         words = ("--partition=high", f"--nodes={NODES}", "--ntasks-per-node=8", "--wrap=sleep 1", "--output=/dev/null")
         self.heal()
-        self.job.slurm.wait(self.job.slurm.submit(*words, cwd=Path("/")), seconds=120)
+        self.job.slurm.wait(self.job.slurm.submit(*words, cwd=Path("/")), seconds=300)
         return "preempted"
 
     def any(self) -> str:
@@ -158,6 +158,10 @@ def test_ten_random_faults(
             told.append((faults.any(), last_step(job.run)))
         faults.heal()
         found = job.finish(seconds=900)
+    except BaseException:
+        with capsys.disabled():
+            print(f"\nseed {seed} failed after: {told}")
+        raise
     finally:
         faults.heal()
         for rank in job.ranks():

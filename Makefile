@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart emoji test test-all test-browser test-cluster lint clean
+.PHONY: help install quickstart emoji docs test test-all test-browser test-cluster lint clean
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -52,6 +52,10 @@ emoji: $(EMOJI_WEIGHTS)  ## Train on three drawing styles of emoji, test on a fo
 	$(BIN)/python shards/emoji.py --out data/emoji
 	$(LAUNCH) --num_processes 2 -m clipdist.train launch/recipes/emoji.yaml
 	$(BIN)/clipdist eval runs/emoji/model --data data/emoji --split test
+
+docs: $(VENV)/.installed-dev  ## The documentation as a site, in build/docs; needs no server and no network to be read
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+	@echo "Documentation: build/docs/index.html"
 
 lint: $(VENV)/.installed-dev  ## ruff, mypy, shellcheck
 	$(BIN)/ruff check .

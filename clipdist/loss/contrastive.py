@@ -88,7 +88,7 @@ class ContrastiveLoss(nn.Module):
 
         Float32 (float64 for float64 features), whatever the features' precision. Gradients, once averaged over ranks as
         DDP, FSDP and DeepSpeed do, equal those of one process holding the whole batch, for features, scale and bias.
-        Second derivatives there are none.
+        There are no second derivatives.
 
         In training mode every rank must have the same number of rows; in evaluation mode numbers may differ, at the
         price of one more small exchange.

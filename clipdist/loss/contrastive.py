@@ -26,7 +26,9 @@ from clipdist.settings import settings
 @settings
 class LossConfig:
     kind: Literal["infonce", "sigmoid"] = "infonce"
+    """infonce: softmax over the batch, both ways (CLIP, ConVIRT); sigmoid: each pair by itself (SigLIP)."""
     label_smoothing: float = 0.0
+    """ε of InfoNCE's targets, at least 0 and less than 1."""
     image_weight: float = 0.5
     """λ: weight of image→text; text→image gets 1 − λ."""
     tile: int | None = None

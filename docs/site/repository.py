@@ -2,8 +2,8 @@
 
 Pages are written for the repository, where `../launch/recipes/convirt.yaml` is a file. So every page is known to mkdocs
 by its path in the repository, and what it links to outside docs/ comes along: Markdown as a page, other text as a page
-that shows it, anything else as it is; a folder as its README, or else as a list of the pages in it. The page of
-commands is made from the parsers themselves.
+that shows it, anything else as it is; a folder as its README, or else as a list of the pages in it. The pages of
+commands and of a recipe's keys are made from the parsers and classes themselves.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from recipe_keys import recipe_keys
 
 from clipdist.cli import VERBS
 
@@ -32,6 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.remove(file)
         files.append(_at(File.generated(config, f"docs/{file.src_uri}", abs_src_path=file.abs_src_path)))
     files.append(_at(File.generated(config, "docs/commands.md", content=commands())))
+    files.append(_at(File.generated(config, "docs/keys.md", content=recipe_keys())))
     waiting = [_bring(name, files, config) for name in _named(config.nav)]
     waiting += files.documentation_pages()
     while waiting:

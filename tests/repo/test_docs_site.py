@@ -5,14 +5,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any, get_type_hints
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
 from clipdist.cli import VERBS
+from clipdist.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 LOADED = {"script": "src", "img": "src", "source": "src", "iframe": "src", "link": "href", "object": "data"}
@@ -134,6 +136,27 @@ def test_the_reference_names_what_is_public(site: Path, pages: dict[Path, Page])
     for name, places in expected.items():
         assert {f"clipdist.{place}" for place in places} <= pages[site / "api" / f"{name}.html"].ids
     assert set(VERBS) <= pages[site / "commands.html"].ids
+
+
+def test_each_key_of_a_recipe_is_told(pages: dict[Path, Page], site: Path) -> None:
+    page = (site / "keys.html").read_text(encoding="utf-8")
+    rows = re.findall(r"<tr>\s*<td><code>([\w.\[\]]+)</code></td>(.*?)</tr>", page, re.S)
+    told = {key: re.findall(r"<td>(.*?)</td>", rest, re.S) for key, rest in rows}
+    expected = {key for key, kind in leaves(RunConfig)}
+    assert {key for key in told if "[]" not in key} == expected
+    assert all(kind and meaning for kind, _, meaning in told.values()), told
+    assert told["train.global_batch"][1] == ""
+    assert told["optim.betas"][1] == "<code>[0.9, 0.98]</code>"
+    assert "train.stages[].from_epoch" in told
+
+
+def leaves(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of the configuration, by its types rather than by its source text."""
+    for name, below in get_type_hints(kind).items():
+        if is_dataclass(below):
+            yield from leaves(below, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", below
 
 
 def test_what_is_wrong_is_seen(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -157,6 +158,26 @@ def leaves(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(below, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", below
+
+
+@pytest.mark.browser
+def test_it_is_searched_without_a_server(site: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    asked: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: pytest.fail(str(error)))
+        page.goto((site / "index.html").as_uri())
+        page.click("input.md-search__input")
+        page.keyboard.type("preemption")
+        found = page.wait_for_selector("a.md-search-result__link")
+        assert found is not None
+        assert ".html" in (found.get_attribute("href") or "")
+        browser.close()
+    assert all(urlsplit(address).scheme in ("file", "data", "blob", "about") for address in asked), asked
 
 
 def test_what_is_wrong_is_seen(tmp_path: Path) -> None:

@@ -139,6 +139,16 @@ def test_the_reference_names_what_is_public(site: Path, pages: dict[Path, Page])
     assert set(VERBS) <= pages[site / "commands.html"].ids
 
 
+def test_the_example_of_a_shard_set_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "api" / "data.md").read_text(encoding="utf-8")
+    example = page.split("```python\n")[1].split("```")[0]
+    (tmp_path / "a.jpg").write_bytes(b"a picture")
+    command = [sys.executable, "-c", example]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "1 ['a small symmetric nevus'] patient 7\n", done.stderr
+
+
 def test_each_key_of_a_recipe_is_told(pages: dict[Path, Page], site: Path) -> None:
     page = (site / "keys.html").read_text(encoding="utf-8")
     rows = re.findall(r"<tr>\s*<td><code>([\w.\[\]]+)</code></td>(.*?)</tr>", page, re.S)

@@ -62,8 +62,8 @@ class ShardSetWriter:
 
     Args:
         folder: made if need be; files of other tools in it stay.
-        samples_per_shard: a shard ends after so many samples,
-        shard_mib: or with the one that brings it to so many MiB.
+        samples_per_shard: samples after which a shard ends.
+        shard_mib: a shard also ends with the sample that brings it to so many MiB.
         zstd: compress each sample by itself, as `.tar.zst`.
         license_text: what users of the set must know; goes into the manifest.
         command: what made it, for the manifest; by default this process's command line.
@@ -77,7 +77,7 @@ class ShardSetWriter:
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         *,
         samples_per_shard: int = 1000,
         shard_mib: float | None = None,
@@ -93,7 +93,8 @@ class ShardSetWriter:
         if shard_mib is not None and not shard_mib > 0:
             raise UserError(f"size of a shard: found {shard_mib} MiB, expected more than 0")
         self.shard_bytes = None if shard_mib is None else shard_mib * 2**20
-        self.folder, self.samples_per_shard, self.zstd, self.overwrite = folder, samples_per_shard, zstd, overwrite
+        self.folder, self.overwrite = Path(folder), overwrite
+        self.samples_per_shard, self.zstd = samples_per_shard, zstd
         self._manifest = Manifest({}, license_text, made_by(command), sources or {}, notes or {})
         self._open: dict[str, _OpenShard] = {}
         self._keys: set[str] = set()

@@ -55,7 +55,9 @@ def recipe_keys() -> str:
         ]
         if rows:
             heading = f"`{section[:-1]}`" if section else "The run"
-            parts.append(f"## {heading}\n\n| key | is | by default | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n")
+            about = ast.get_docstring(known.classes[name]) or ""
+            table = "\n".join(["| key | is | by default | |", "|---|---|---|---|", *rows])
+            parts.append(f"## {heading}\n\n{about}\n\n{table}\n")
     return "\n".join(parts)
 
 

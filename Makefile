@@ -54,7 +54,7 @@ emoji: $(EMOJI_WEIGHTS)  ## Train on three drawing styles of emoji, test on a fo
 	$(BIN)/clipdist eval runs/emoji/model --data data/emoji --split test
 
 docs: $(VENV)/.installed-dev  ## The documentation as a site, in build/docs; read and searched without a server
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/site/mkdocs.yml
 	@echo "Documentation: build/docs/index.html"
 
 lint: $(VENV)/.installed-dev  ## ruff, mypy, shellcheck

@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart emoji test test-all test-browser test-cluster lint clean
+.PHONY: help install quickstart emoji docs test test-all test-browser test-cluster lint clean
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -53,6 +53,10 @@ emoji: $(EMOJI_WEIGHTS)  ## Train on three drawing styles of emoji, test on a fo
 	$(LAUNCH) --num_processes 2 -m clipdist.train launch/recipes/emoji.yaml
 	$(BIN)/clipdist eval runs/emoji/model --data data/emoji --split test
 
+docs: $(VENV)/.installed-dev  ## The documentation as a site, in build/docs; read and searched without a server
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/site/mkdocs.yml
+	@echo "Documentation: build/docs/index.html"
+
 lint: $(VENV)/.installed-dev  ## ruff, mypy, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,10 +74,10 @@ test: lint  ## Lint and the quick suite
 test-all: lint  ## Lint and every test but those on a SLURM or in a browser
 	$(PYTEST) -m "not cluster and not browser"
 
-test-browser: $(VENV)/.installed-dev  ## The page of `clipdist serve` in Chromium; as root installs Debian's
+test-browser: $(VENV)/.installed-dev  ## The page of `clipdist serve`, and the documentation, in Chromium; as root installs Debian's
 	@command -v chromium >/dev/null \
 		|| { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium >/dev/null; }
-	$(BIN)/python -m pytest -m browser tests/e2e
+	$(BIN)/python -m pytest -m browser tests/e2e tests/repo
 
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2
 CLUSTER_TESTS ?= cluster

@@ -39,6 +39,7 @@ class RunConfig:
     runs: str = "runs"
     """Folder that holds the runs."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the order, of every random choice about a sample, of initial weights and of dropout."""
     small: bool = False
     """Applies the recipe's `when_small` section: the same run, shrunk to a smoke test."""
     resume: Literal["auto", "force", "never"] = "auto"

@@ -1,6 +1,7 @@
 """Dermoscopy phantoms, drawn on the spot, in SkinCAP's layout -> shards: the whole path without a download.
 
     python shards/phantom.py --out data/phantom
+    python shards/phantom.py --draw lesions --images 1200      # pictures and a table, nothing packed
 
 Entirely synthetic: for tests, demonstrations and speed, never for a claim about skin. A second call with the same
 settings finds the set and returns at once.
@@ -25,10 +26,18 @@ LICENSE = "Synthetic pictures and captions drawn by clipdist; public domain (CC0
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/phantom"), help="default: data/phantom")
+    parser.add_argument(
+        "--draw", type=Path, metavar="DIR", help="only draw: pictures and their table into DIR, and pack nothing"
+    )
     parser.add_argument("--images", type=int, default=4000, help="default: 4000")
     parser.add_argument("--split", nargs="+", default=["train=0.8", "val=0.1", "test=0.1"], metavar="NAME=FRACTION")
     add_packing_arguments(parser, side=224, format="jpg", quality=95)
     args = parser.parse_args(arguments)
+    workers = None if args.workers is None else max(1, args.workers)
+    if args.draw:
+        table = write_skincap_layout(args.draw, args.images, args.side, args.seed, workers)
+        print(f"{args.images:,} pictures in {args.draw}; their table: {table}")
+        return
 
     options, fractions = packing_options(args), parse_fractions(args.split)
     settings = {name: getattr(args, name) for name in ("images", "side", "seed", "format", "quality", "zstd")}
@@ -46,7 +55,6 @@ def main(arguments: list[str] | None = None) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".phantom-") as raw:
         folder = Path(raw) / "phantom"
-        workers = None if args.workers is None else max(1, args.workers)
         write_skincap_layout(folder, args.images, args.side, args.seed, workers)
         found = read_skincap(folder)
         summary = pack_pairs(

@@ -24,6 +24,7 @@ class DataConfig:
     balance_temperature: Annotated[float, Field(ge=1)] = math.inf
     """T: a value that n samples have gets a share proportional to n^(1/T). 1: as the set is; .inf: equal shares."""
     train_split: str = "train"
+    """Split that is trained on."""
     val_split: str = "val"
     """Split evaluated after each epoch; empty: none."""
     lanes: NonNegativeInt = field(default=0)
@@ -40,9 +41,11 @@ class DataConfig:
     """How training pixels are decoded. fast: a JPEG at the smallest fraction of its size that suffices, a mean of less
     than 2 grey levels of 255 away from exact; exact: in full, by Pillow. Evaluation is always exact."""
     max_image_pixels: PositiveInt = 50_000_000
+    """Width times height; larger images are refused before they are decoded, and count as unreadable."""
     max_bad_fraction: Share = 0.01
     """Share of an epoch's samples that may be unreadable before the run stops."""
     max_bad_in_a_row: NonNegativeInt = 100
+    """Unreadable samples one after the other, before the run stops."""
     checksums: Check = "sample"
     """What is compared with its checksum while reading. none: nothing; sample: each sample, each time; shard: besides,
     each whole file once per machine, before its first read."""

@@ -48,7 +48,8 @@ machine before its first read."""
 
 @dataclass(frozen=True)
 class RawSample:
-    """One sample as stored. `texts` may be empty: whoever needs a caption checks."""
+    """One sample as stored: `image` as encoded bytes of the kind that `extension` names (`jpg`, without a dot), `texts`
+    its captions, `fields` everything else that its JSON says. `texts` may be empty: whoever needs a caption checks."""
 
     key: str
     image: bytes
@@ -69,7 +70,8 @@ class ShardInfo:
 
 @dataclass
 class Manifest:
-    """What `manifest.json` holds. `splits` maps a split's name to its shards in order."""
+    """What `manifest.json` holds. `splits` maps a split's name to its shards in order; `made_by` has the command and
+    the packages' versions, `sources` checksums of what was packed, `notes` what the packing recipe had to say."""
 
     splits: dict[str, list[ShardInfo]]
     license: str = ""
@@ -313,7 +315,7 @@ def _parse_texts(info: bytes, text: bytes) -> tuple[dict[str, Any], list[str]]:
 
 
 class Split:
-    """One split of a shard set as a sequence of samples, numbered from 0 in shard order.
+    """One split of a shard set as a sequence of samples, numbered from 0 in shard order; `len` says how many.
 
     Holds one 64-bit count per shard and a bounded number of open shards, nothing per sample. Copies made by
     fork or pickle (data-loader workers) open their own files.
@@ -415,11 +417,15 @@ class Split:
             self._open.clear()
 
     def key(self, number: int) -> str:
+        """The key of sample `number`, without reading the sample."""
         shard, row = self.locate(number)
         return self.shard(shard).index.key(row)
 
     def read(self, number: int) -> RawSample:
-        """Sample `number`; `BadSample` when it is damaged, `UserError` when its shard is missing or stale."""
+        """Sample `number`, 0 ≤ number < len: one positioned read. Safe to call from several threads.
+
+        Raises `BadSample` when it is damaged, `UserError` when its shard is missing or stale, `IndexError`.
+        """
         shard, row = self.locate(number)
         return self.shard(shard).read(row)
 
@@ -443,7 +449,12 @@ class ShardSet:
 
     @staticmethod
     def open(folder: str | Path, *, check: Check = "sample", remote: "RemoteConfig | None" = None) -> "ShardSet":
-        """A folder, or a URL that fsspec knows, which `remote` says how to fetch."""
+        """A folder, or a URL that fsspec knows (`s3://…`), which `remote` says how to fetch.
+
+        Reads the manifest alone, whatever the size of the set. `check` says what later reads compare with its checksum:
+        nothing (`none`), each `sample`, or besides each `shard`'s file once per machine. Raises `UserError` for a
+        folder that is missing, unfinished or not yet indexed.
+        """
         if isinstance(folder, str) and "://" in folder:
             # Only here: fsspec and what it brings take time to import.
             from clipdist.data.remote import open_remote
@@ -454,6 +465,7 @@ class ShardSet:
         return ShardSet(folder, Manifest.load(folder), check=check)
 
     def split(self, name: str) -> Split:
+        """The samples of one split; opens no file yet. Raises `UserError` naming the splits that there are."""
         if name not in self.manifest.splits:
             raise UserError(f"{self.folder}: no split {name!r}; it has {', '.join(map(repr, self.manifest.splits))}")
         return Split(self.folder, name, self.manifest.splits[name], check=self.check, remote=self.remote)

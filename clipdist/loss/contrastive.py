@@ -26,7 +26,9 @@ from clipdist.settings import settings
 @settings
 class LossConfig:
     kind: Literal["infonce", "sigmoid"] = "infonce"
+    """infonce: softmax over the batch, both ways (CLIP, ConVIRT); sigmoid: each pair by itself (SigLIP)."""
     label_smoothing: float = 0.0
+    """ε of InfoNCE's targets, at least 0 and less than 1."""
     image_weight: float = 0.5
     """λ: weight of image→text; text→image gets 1 − λ."""
     tile: int | None = None
@@ -36,25 +38,17 @@ class LossConfig:
 
 
 class ContrastiveLoss(nn.Module):
-    """InfoNCE or pairwise sigmoid loss over the rows of all ranks.
+    """InfoNCE or pairwise sigmoid loss over the rows of all ranks: a module without parameters.
 
     Args:
         kind: `infonce` (CLIP, ConVIRT) or `sigmoid` (SigLIP).
         label_smoothing: ε of the InfoNCE targets, in [0, 1).
         image_weight: λ, in [0, 1].
-        tile: columns of logits held at a time; without meaning to the GPU kernel.
+        tile: columns of logits held at a time (None: what suits the device); without meaning to the GPU kernel.
         backend: `tiles`, `kernel`, or `auto` for the kernel where it can run.
 
-    Calling it (all ranks together) with L2-normalised `image_features_bD` and `text_features_bD` of this rank, the
-    multiplier `logit_scale` (1/temperature), for `sigmoid` also `logit_bias`, and optionally int64 `group_b`, returns
-    the loss of the global batch as a float32 scalar (float64 for float64 features), equal on every rank. Gradients,
-    once averaged over ranks as DDP, FSDP and DeepSpeed do, equal those of one process holding the whole batch, for
-    features, scale and bias.
-
-    In training mode every rank must have the same number of rows; in evaluation mode numbers may differ, at the price
-    of one more small exchange.
-
-    Raises `UserError` for parameters outside their range, and, when called, where the kernel asked for cannot run.
+    Memory beyond the gathered features is O(b · tile) for b rows on this rank. Raises `UserError` for parameters
+    outside their range.
     """
 
     def __init__(
@@ -92,6 +86,24 @@ class ContrastiveLoss(nn.Module):
         logit_bias: Tensor | None = None,
         group_b: Tensor | None = None,
     ) -> Tensor:
+        """The loss of the global batch, a scalar, equal on every rank; all ranks call it together.
+
+        Float32 (float64 for float64 features), whatever the features' precision. Gradients, once averaged over ranks as
+        DDP, FSDP and DeepSpeed do, equal those of one process holding the whole batch, for features, scale and bias.
+        There are no second derivatives.
+
+        In training mode every rank must have the same number of rows; in evaluation mode numbers may differ, at the
+        price of one more small exchange.
+
+        Args:
+            image_features_bD: float [b, D], this rank's rows, L2-normalised.
+            text_features_bD: likewise; row i belongs to row i of the images.
+            logit_scale: 1/temperature, a tensor of one element.
+            logit_bias: what `sigmoid` adds to each logit, a tensor of one element; `infonce` has none.
+            group_b: int64 [b]; rows of an equal number, on any rank, are each other's positives, never negatives.
+
+        Raises `UserError` for `sigmoid` without a bias, and where the kernel asked for cannot run.
+        """
         assert image_features_bD.shape == text_features_bD.shape
         if self.kind == "sigmoid" and logit_bias is None:
             raise UserError("loss.kind=sigmoid needs a logit bias; set model.temperature.bias")

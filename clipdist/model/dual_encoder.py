@@ -26,6 +26,7 @@ class ProjectionConfig:
     layer_norm: bool = False
     """Normalises the tower's features first."""
     dropout: Share = 0.0
+    """After the normalisation, and after the GELU of an mlp."""
     bias: bool = False
     """Of a linear one; an mlp has biases always."""
 
@@ -53,10 +54,13 @@ class TextProjectionConfig:
 @settings
 class TemperatureConfig:
     initial: float = 0.07
+    """What cosines are divided by at the start."""
     learned: bool = True
+    """false: it stays as it is."""
     minimum: float = 0.01
     """Bounds of a learned temperature; CLIP's scale of at most 100 is 0.01."""
     maximum: float = 1.0
+    """Likewise."""
     bias: float | None = None
     """Initial logit bias, for the sigmoid loss; SigLIP starts at −10."""
 
@@ -69,6 +73,7 @@ class ModelConfig:
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     width: PositiveInt = 512
+    """Of the joint embedding."""
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
     text_projection: TextProjectionConfig = field(default_factory=TextProjectionConfig)
     temperature: TemperatureConfig = field(default_factory=TemperatureConfig)

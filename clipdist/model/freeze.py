@@ -18,9 +18,11 @@ class StageConfig:
     """From an epoch on, what of each tower trains. What stands over the towers always does."""
 
     from_epoch: int = 0
+    """First epoch of the stage, counted from 0; the first stage begins with 0."""
     image: Part = "all"
     """all, none, or a number: the last so many blocks."""
     text: Part = "all"
+    """Likewise."""
 
 
 def stage_of(stages: tuple[StageConfig, ...], epoch: int) -> StageConfig:

@@ -129,10 +129,12 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> Any:
-    """The model in `folder`, ready to use: a `SavedModel`, or a `SavedClassifier` where a classifier was trained; on
-    the GPU when there is one, unless `device` says otherwise.
+    """The model in `folder` (`runs/NAME/model`), ready to use: a `SavedModel`, or a `SavedClassifier` where a
+    classifier was trained; in evaluation mode, float32, on the GPU when there is one unless `device` says otherwise.
 
-    Raises `UserError` when the folder is missing, half-written or of another format version.
+    Everything it needs lies in the folder: nothing is fetched. Called by one process by itself.
+
+    Raises `UserError` when the folder is missing, half-written, damaged or of another format version.
     """
     folder = Path(folder)
     path = folder / "model.json"
@@ -174,7 +176,7 @@ def load_dual_encoder(folder: str | Path, device: str | torch.device | None = No
 
 class Saved:
     """A trained model with its own preprocessing. `scores` and `about` are what training wrote down; `digest` is the
-    xxh3-64 of its weights' file, by which what was made with it is known again."""
+    xxh3-64 of its weights' file, by which what was made with it is known again. `model` is the torch module."""
 
     def __init__(
         self,
@@ -187,9 +189,10 @@ class Saved:
         self.model, self.about, self.scores, self.device, self.digest = model, about, scores, device, digest
 
     def preprocess(self, image: ImageLike) -> torch.Tensor:
-        """One image -> uint8 [3, side, side], exactly as in evaluation during training.
+        """One image -> uint8 [3, side, side] on the CPU, RGB, exactly as in evaluation during training.
 
-        Takes a PIL image, encoded bytes, or a path. Raises `UserError` for what cannot be read.
+        Takes a PIL image, encoded bytes, or a path. The towers normalise; their input is this. Raises `UserError` for
+        what cannot be read, or has more than 50 million pixels and is not decoded yet.
         """
         tower = self.model.image
         try:
@@ -217,7 +220,12 @@ class Saved:
 
 
 class SavedModel(Saved):
-    """A trained dual encoder."""
+    """A trained dual encoder, as `clipdist.load` gives it.
+
+    `scores` (what it reached, on which data) and `about` (what it was trained on) are what training wrote down;
+    `digest` is the xxh3-64 of its weights' file; `model` is the torch module, `tokenizer` its tokenizer, `device` where
+    it computes. Suffixes of shapes: N images or texts, D = `width`.
+    """
 
     model: DualEncoder
 
@@ -240,15 +248,25 @@ class SavedModel(Saved):
 
     @property
     def temperature(self) -> float:
+        """What cosines are divided by to become logits, as training left it."""
         return float(1 / self.model.temperature()[0].detach())
 
     def encode_image(self, images: Iterable[ImageLike], micro_batch: int = 64) -> np.ndarray:
-        """float32 [N, D] unit vectors, one row per image."""
+        """float32 [N, D] unit vectors, one row per image, in order.
+
+        `images` may mix paths, PIL images and encoded bytes, and may be an iterator, of which `micro_batch` are held at
+        a time: a matter of memory and speed. No images give [0, D]. Raises `UserError` for the first image that cannot
+        be read, with its path.
+        """
         return self._each(self.model.encode_image, images, micro_batch, self.width)
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str], micro_batch: int = 256) -> np.ndarray:
-        """float32 [N, D] unit vectors, one row per caption."""
+        """float32 [N, D] unit vectors, one row per caption, in order; no captions give [0, D].
+
+        A caption longer than the text tower reads (`model.text.max_tokens`) is cut there, as in training. `micro_batch`
+        are embedded at a time. Raises `UserError` for a single string in place of a list.
+        """
         if isinstance(texts, str):
             raise UserError("encode_text takes a list of captions; found a single string")
         parts = []

@@ -66,8 +66,12 @@ def load_classifier(
 
 
 class SavedClassifier(Saved):
-    """A trained classifier with its own preprocessing, labels and temperature. `scores` and `about` are what training
-    wrote down; `temperature` is what logits are divided by, and on which split it was fitted."""
+    """A trained classifier with its own preprocessing, labels and temperature, as `clipdist.load` gives it.
+
+    `scores` (what it reached, on which data) and `about` (what it was trained on) are what training wrote down;
+    `digest` is the xxh3-64 of its weights' file; `labels` are its classes with what else is known of them. Suffixes of
+    shapes: N images, K classes, C = `width`.
+    """
 
     model: Classifier
 
@@ -86,11 +90,12 @@ class SavedClassifier(Saved):
 
     @property
     def names(self) -> list[str]:
-        """Of the classes, in their order."""
+        """The classes' names; `names[k]` belongs to column k of `predict_proba`."""
         return list(self.labels.names)
 
     @property
     def temperature(self) -> float:
+        """What logits are divided by before the softmax; 1 where none could be fitted."""
         return float(self._temperature["value"])
 
     @property
@@ -110,7 +115,10 @@ class SavedClassifier(Saved):
         return self.model.image.width
 
     def predict_proba(self, images: Iterable[ImageLike], micro_batch: int = 64) -> np.ndarray:
-        """float32 [N, K]: each image's probability of each class, in the order of `labels.names`."""
+        """float32 [N, K]: each image's probability of each class, in the order of `names`; rows sum to 1.
+
+        Images as for `SavedModel.encode_image`. Raises `UserError` for the first that cannot be read.
+        """
         logits_NK = self._each(self.model.logits, images, micro_batch, len(self.labels))
         return torch.softmax(torch.from_numpy(logits_NK) / self.temperature, dim=1).numpy()
 
@@ -121,5 +129,5 @@ class SavedClassifier(Saved):
         return likeliest(self.predict_proba(images, micro_batch), self.names, top)
 
     def encode_image(self, images: Iterable[ImageLike], micro_batch: int = 64) -> np.ndarray:
-        """float32 [N, C] unit vectors: what the image tower gives."""
+        """float32 [N, C] unit vectors: what the image tower gives before the head; images as for `predict_proba`."""
         return self._each(self.model.encode_image, images, micro_batch, self.width)

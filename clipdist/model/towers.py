@@ -33,9 +33,12 @@ class ImageTowerConfig:
     side: PositiveInt = 224
     """Pixels along each side of the input."""
     resize: ResizeMode = "crop"
+    """How an image becomes a square. crop: a part of it, in evaluation the middle; squash: all of it, out of
+    proportion; pad: all of it, with margins."""
     mean: tuple[float, float, float] | None = None
     """Per channel, pixels scaled to 0..1; by default what the model was made for."""
     std: tuple[float, float, float] | None = None
+    """Likewise."""
     options: dict[str, Any] = field(default_factory=dict)
     """Passed to `timm.create_model`, such as drop_path_rate."""
     batch_norm: Literal["global", "frozen"] = "global"
@@ -57,9 +60,11 @@ class TextTowerConfig:
     name: str = "hf:bert-base-uncased"
     """`hf:<name or folder>`, `package://<python package>/<folder>`; not pretrained, also a bare type: `hf:bert`."""
     pretrained: bool = True
+    """true: weights from the hub, a folder or a package; false: the same architecture from random weights."""
     max_tokens: PositiveInt = 77
     """Captions are cut here. Batches are padded to their longest caption, not to this."""
     pooling: Pooling = "mean"
+    """Which token stands for a caption: the mean of all, the first, the last, or the largest of each feature."""
     tokenizer: str = "model"
     """`model`: the text tower's own; `captions`: a WordPiece trained on the training split; or a name or folder."""
     padding: Literal["longest", "max_tokens"] = "longest"

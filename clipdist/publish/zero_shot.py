@@ -16,7 +16,12 @@ Classes = Sequence[str] | Mapping[str, str | Sequence[str]]
 
 
 class ZeroShotClassifier:
-    """`names[k]` is what class k is called, `class_features_KD` (float32 unit vectors) where its prompts lie."""
+    """A dual encoder's answers about a fixed list of classes; made by `SavedModel.zero_shot`.
+
+    `names[k]` is what class k is called, `class_features_KD` (float32 unit vectors) where its prompts lie;
+    `temperature` is what cosines are divided by. The probabilities are shares among the classes given: they say nothing
+    of what is none of them.
+    """
 
     def __init__(
         self, saved: SavedModel, classes: Classes, templates: Sequence[str] = (), temperature: float | None = None
@@ -32,14 +37,17 @@ class ZeroShotClassifier:
         self.class_features_KD = class_features(saved.encode_text, prompts, list(templates) or TEMPLATES)
 
     def probabilities(self, image_features_ND: np.ndarray) -> np.ndarray:
-        """float32 [N, K] of images that are embedded already."""
+        """float32 [N, K], as `predict_proba`, of images that are embedded already; features [N, D] of any length."""
         if not len(image_features_ND):
             return np.zeros((0, len(self.names)), np.float32)
         logits_NK = class_logits(image_features_ND, self.class_features_KD, 1 / self.temperature)
         return np.exp(log_softmax(logits_NK)).astype(np.float32)
 
     def predict_proba(self, images: Iterable[ImageLike], micro_batch: int = 64) -> np.ndarray:
-        """float32 [N, K]: the softmax, over the classes, of cosine / temperature."""
+        """float32 [N, K]: the softmax, over the classes, of cosine / temperature, in the order of `names`.
+
+        Images as for `SavedModel.encode_image`. Raises `UserError` for the first that cannot be read.
+        """
         return self.probabilities(self.saved.encode_image(images, micro_batch))
 
     def classify(

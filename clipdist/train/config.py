@@ -24,11 +24,13 @@ class TrainConfig:
     global_batch: int
     """Pairs per step over all ranks: each is contrasted with all the others. Images, for a classifier."""
     epochs: int
+    """Passes over the training split."""
     micro_batch: NonNegativeInt | Literal["auto"] = 0
     """Pairs per rank that are in memory at a time, at most; 0: all of the rank's share; auto: as many as fit, by what a
     row is measured to need. Less than the rank's share changes no gradient; it costs a second forward pass, but for a
     classifier."""
     precision: Precision = "fp32"
+    """Of the forward and backward passes; weights stay float32. bf16 and fp16 are autocast."""
     tf32: bool = False
     """Lets GPUs round the factors of float32 matrix products to 10 bits: faster, and no longer float32's precision."""
     max_grad_norm: NonNegativeFloat = 1.0

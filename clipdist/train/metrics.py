@@ -58,7 +58,9 @@ PEAKS = {
 @settings
 class LogConfig:
     every_steps: PositiveInt = 10
+    """Steps between two lines of metrics."""
     tensorboard: bool = True
+    """Writes the same numbers for TensorBoard."""
 
 
 def peak_flops(device_name: str, precision: str, tf32: bool = False) -> float | None:

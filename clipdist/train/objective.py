@@ -62,13 +62,16 @@ IGNORED: dict[Name, tuple[str, ...]] = {
 @settings
 class EvaluateConfig:
     every_epochs: PositiveInt = 1
+    """Epochs between two validations."""
     monitor: str = ""
     """What decides which model is the best. contrastive: val/mean_R@1 (the default), val/loss, val/image_to_text/R@1 or
     val/text_to_image/R@1; classify: val/top1 (the default), val/loss, val/top5 or val/balanced_accuracy."""
     patience: NonNegativeInt = 0
     """Validations without improvement before training stops early; 0: never."""
     min_improvement: NonNegativeFloat = 0.0
+    """What the monitored value must gain to count as better."""
     workers: NonNegativeInt = 2
+    """Loader processes per rank while validating; 0 loads in the training process."""
     panels: NonNegativeInt = 4
     """Images shown in TensorBoard's retrieval panel."""
 

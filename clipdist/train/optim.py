@@ -17,19 +17,26 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 @settings
 class OptimConfig:
     lr: NonNegativeFloat = 5e-4
+    """Learning rate after the warm-up, of AdamW."""
     image_lr_scale: NonNegativeFloat = 1.0
     """Multiplies `lr` for the image tower; likewise for the text tower. What stands over them uses `lr`."""
     text_lr_scale: NonNegativeFloat = 1.0
+    """As `image_lr_scale`."""
     weight_decay: NonNegativeFloat = 0.1
     """On matrices; never on biases, norms and the temperature."""
     betas: tuple[Beta, Beta] = (0.9, 0.98)
+    """AdamW's decays of the mean gradient and of its square."""
     eps: NonNegativeFloat = 1e-6
+    """AdamW's, added to the root of the mean square."""
     schedule: Literal["cosine", "constant", "plateau"] = "cosine"
+    """After the warm-up. cosine: falls until the last step; constant: stays; plateau: falls when validation no longer
+    improves."""
     warmup_steps: NonNegativeInt = 0
     """Linear from 0; a number of steps."""
     min_lr_fraction: Share = 0.0
     """Where the cosine ends and below which the plateau does not go, as a share of `lr`."""
     plateau_factor: Share = 0.5
+    """What the learning rate is multiplied by then."""
     plateau_patience: NonNegativeInt = 2
     """Validations without improvement before the learning rate is multiplied by `plateau_factor`."""
 

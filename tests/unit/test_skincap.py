@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from clipdist.cli import main
 from clipdist.data.shards import ShardSet, checksum_file
 from clipdist.errors import UserError
 from clipdist.prepare.skincap import SkincapPairs, read_skincap
@@ -181,3 +182,18 @@ def test_the_phantom_recipe_runs_once(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="differs in seed"):
         recipe("phantom.py", *arguments, "--seed", 1)
+
+
+def test_phantoms_as_files_are_packed_as_anyones_table(tmp_path: Path) -> None:
+    """What docs/train.md begins with: pictures and a table, and `clipdist pack` alone."""
+    raw, out = tmp_path / "lesions", tmp_path / "set"
+    recipe("phantom.py", "--draw", raw, "--images", 12, "--side", 48, "--workers", 1, "--out", out)
+    assert not out.exists()
+    columns = ("--image-column", "skincap_file_path", "--text-column", "caption_zh_polish_en", "--workers", "0")
+    source = (str(raw / CSV), "--images", str(raw / "skincap"), "--out", str(out), "--keep-order")
+    assert main(["pack", *source, *columns, "--group-by", "patient_id"]) == 0
+    table, split = pd.read_csv(raw / CSV, encoding="utf-8-sig"), ShardSet.open(out).split("train")
+    samples = [split.read(number) for number in range(len(split))]
+    assert [sample.texts for sample in samples] == [[text] for text in table["caption_zh_polish_en"]]
+    assert [sample.fields["unit"] for sample in samples] == list(table["patient_id"])
+    assert samples[0].image == (raw / "skincap" / "1.png").read_bytes()

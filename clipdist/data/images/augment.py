@@ -43,7 +43,9 @@ class AugmentConfig:
     crop_ratio: Annotated[tuple[Ratio, Ratio], AfterValidator(_rising)] = (0.8, 1.25)
     """Width over height of the crop, relative to the image's own; as far as the area lets it fit into the image."""
     flip_horizontal: Probability = 0.0
+    """Probability of exchanging left and right."""
     flip_vertical: Probability = 0.0
+    """Probability of exchanging top and bottom."""
     quarter_turns: bool = False
     """Turns by 0, 90, 180 or 270 degrees, each equally likely."""
     rotate_degrees: Amount = 0.0
@@ -56,10 +58,13 @@ class AugmentConfig:
     brightness: Amount = 0.0
     """Factor is drawn from 1 ± this; likewise contrast (about the picture's mean grey) and saturation."""
     contrast: Amount = 0.0
+    """As brightness."""
     saturation: Amount = 0.0
+    """As brightness."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Largest turn of the colours either way, about the grey axis (in YIQ), as a share of the circle (at most 0.5)."""
     greyscale: Probability = 0.0
+    """Probability that colours are taken away."""
     invert: Probability = 0.0
     """Probability of a photographic negative."""
     blur: Probability = 0.0

@@ -58,8 +58,18 @@ class ShardSetWriter:
     """Writes a shard set into `folder`; a context manager. On a clean exit the manifest is written, last.
 
     After an exception there is no manifest, so what was written is never taken for a whole set; the same
-    call again clears it away. Equal calls of `write` give equal bytes. A shard ends after `samples_per_shard` samples,
-    or with the one that brings it to `shard_mib` MiB.
+    call again clears it away. Equal calls of `write` give equal bytes. One process, one thread.
+
+    Args:
+        folder: made if need be; files of other tools in it stay.
+        samples_per_shard: samples after which a shard ends.
+        shard_mib: a shard also ends with the sample that brings it to so many MiB.
+        zstd: compress each sample by itself, as `.tar.zst`.
+        license_text: what users of the set must know; goes into the manifest.
+        command: what made it, for the manifest; by default this process's command line.
+        sources: checksums of what it was made of, by name, for the manifest.
+        notes: anything else for the manifest, of JSON's types.
+        overwrite: replace a set that is there.
 
     Raises `UserError` when `folder` already holds a set and `overwrite` is false, when a key is used twice,
     and when the disk is full.
@@ -67,7 +77,7 @@ class ShardSetWriter:
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         *,
         samples_per_shard: int = 1000,
         shard_mib: float | None = None,
@@ -83,7 +93,8 @@ class ShardSetWriter:
         if shard_mib is not None and not shard_mib > 0:
             raise UserError(f"size of a shard: found {shard_mib} MiB, expected more than 0")
         self.shard_bytes = None if shard_mib is None else shard_mib * 2**20
-        self.folder, self.samples_per_shard, self.zstd, self.overwrite = folder, samples_per_shard, zstd, overwrite
+        self.folder, self.overwrite = Path(folder), overwrite
+        self.samples_per_shard, self.zstd = samples_per_shard, zstd
         self._manifest = Manifest({}, license_text, made_by(command), sources or {}, notes or {})
         self._open: dict[str, _OpenShard] = {}
         self._keys: set[str] = set()
@@ -128,11 +139,18 @@ class ShardSetWriter:
 
     @property
     def manifest(self) -> Manifest:
+        """What was written so far."""
         return self._manifest
 
     def write(self, split: str, key: str, image: bytes, extension: str, fields: dict[str, Any]) -> None:
         """Appends one sample; all of `fields` goes to `<key>.json`, `fields["text"]` is its caption or
-        captions, the first of which also goes to `<key>.txt`."""
+        captions, the first of which also goes to `<key>.txt`.
+
+        `image` is stored as it is and not looked at but for its size; `extension` names its kind (`jpg`, `png`, …).
+        `fields["unit"]` says what must not straddle splits, `fields["label"]` the class, any other name what you like.
+        Raises `UserError` for a key that is used twice, absolute or holds a dot in its last part, and for fields that
+        JSON cannot hold.
+        """
         extension = extension.lower().lstrip(".")
         if extension not in IMAGE_EXTENSIONS:
             raise UserError(f"{key}: image extension {extension!r}, expected one of {', '.join(IMAGE_EXTENSIONS)}")

@@ -38,9 +38,13 @@ class TextProjectionConfig:
     kind: Literal["same", "linear", "mlp"] = "same"
     """same: as `projection` says."""
     hidden: NonNegativeInt = 0
+    """As `projection.hidden`."""
     layer_norm: bool = False
+    """As `projection.layer_norm`."""
     dropout: Share = 0.0
+    """As `projection.dropout`."""
     bias: bool = False
+    """As `projection.bias`."""
 
     def beside(self, other: ProjectionConfig) -> ProjectionConfig:
         """What is built, where the image tower has the other one."""

@@ -87,7 +87,7 @@ def _front_matter(saved: Saved, to: str, report: Mapping[str, Any]) -> dict[str,
 
 
 def score_rows(saved: Saved) -> Iterator[dict[str, str]]:
-    """Of each split in the model's scores: what was measured, its value with its interval, chance, and among how many."""
+    """Of each split in the model's scores: what was measured, its value and interval, chance, and among how many."""
     for part, found in saved.scores.items():
         if not isinstance(found, dict):
             continue

@@ -1,5 +1,5 @@
-"""A trained model as a folder that other libraries load without clipdist. It is loaded back by that library and compared
-with the model before it takes its name; what was compared stands in its export.json. docs/export.md says more.
+"""A trained model as a folder that other libraries load without clipdist. It is loaded back by that library and
+compared with the model before it takes its name; export.json says what was compared. docs/export.md says more.
 """
 
 import argparse
@@ -12,7 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=["huggingface", "open_clip", "onnx", "safetensors"])
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument("--tower", choices=["image", "text"], help="of --to safetensors: which tower")
-    parser.add_argument("--data", metavar="SET", help="shard set whose first pairs it is checked by; default: made-up ones")
+    parser.add_argument(
+        "--data", metavar="SET", help="shard set whose first pairs it is checked by; default: made-up ones"
+    )
     parser.add_argument("--split", default="val", help="of --data; default: val")
     parser.add_argument("--notice", default="", metavar="TEXT", help="stands on the card in place of the usual warning")
     parser.add_argument(
@@ -33,6 +35,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--tower goes with --to safetensors; --to {args.to} takes the whole model")
     if args.hub_name and args.to != "open_clip":
         raise UserError(f"--hub-name goes with --to open_clip; a folder of --to {args.to} names no place")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     saved = load(args.model, "cpu")
     samples = real_samples(args.data, args.split) if args.data else generated_samples(saved)
     report = export(saved, args.to, args.out, samples, Asked(args.tower, args.hub_name), args.notice)

@@ -19,10 +19,19 @@ from clipdist.data.shards import BadSample, ShardSet
 from clipdist.errors import UserError
 from clipdist.model.saved import MAX_IMAGE_PIXELS, Saved, SavedModel
 
+SHIPPED = Path(__file__).parent / "shipped"
+"""Code that travels with exports."""
+PIXELS = "pixels_clipdist.py"
+"""Of it, what makes a picture into exactly the pixels of training."""
 TOLERANCE = 1e-4
 SAMPLES = 8
 SIZES = ((64, 48), (48, 64), (97, 97), (200, 120), (131, 257), (320, 320), (33, 30), (500, 375))
-SENTENCES = ("A photograph of a small dog on a beach.", "two red squares", "x", "An image, with commas; and 12 numbers!")
+SENTENCES = (
+    "A photograph of a small dog on a beach.",
+    "two red squares",
+    "x",
+    "An image, with commas; and 12 numbers!",
+)
 
 
 @dataclass(frozen=True)

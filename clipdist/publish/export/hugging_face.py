@@ -1,8 +1,8 @@
 """A dual encoder as a folder of transformers.
 
-A model whose parts are all of `VisionTextDualEncoderModel`'s becomes one, which loads without foreign code: a text tower
-of CLIP, pooled at the end token, and linear projections without bias. Every other model, with its own pooling or
-projection, carries the code of its class with it: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
+A model that `VisionTextDualEncoderModel` can express becomes one, which loads without foreign code: a text tower of CLIP,
+pooled at the end token, and linear projections without bias. Every other model, with its own pooling or projection,
+carries the code of its class with it: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
 """
 
 import json
@@ -18,13 +18,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipdist.model.saved import Saved, SavedModel, plain
-from clipdist.publish.export.exporting import Asked, Foreign, Own
+from clipdist.publish.export.exporting import PIXELS, SHIPPED, Asked, Foreign, Own
 from clipdist.publish.export.tower_folders import classifier_folder, embeddings_of, load_classifier_folder
 from clipdist.publish.export.tower_folders import usage as classifier_usage
 
-SHIPPED = Path(__file__).parent / "shipped"
 MODEL_CODE = "modeling_clipdist.py"
-IMAGE_CODE = ("image_processing_clipdist.py", "pixels_clipdist.py")
+IMAGE_CODE = ("image_processing_clipdist.py", PIXELS)
 AUTO_MAP = {"AutoConfig": "modeling_clipdist.ClipdistConfig", "AutoModel": "modeling_clipdist.ClipdistModel"}
 
 
@@ -150,9 +149,7 @@ def load(saved: Saved, folder: Path, asked: Asked) -> tuple[Own, Foreign]:
     foreign_code = own_code or (folder / IMAGE_CODE[0]).exists()
     kind = transformers.AutoModel if own_code else transformers.VisionTextDualEncoderModel
     model: Any = kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=own_code).eval()
-    processor: Any = transformers.VisionTextDualEncoderProcessor.from_pretrained(
-        folder, trust_remote_code=foreign_code
-    )
+    processor: Any = transformers.VisionTextDualEncoderProcessor.from_pretrained(folder, trust_remote_code=foreign_code)
     padding: Any = "max_length" if saved.model.config.text.fills else True
 
     def text(texts: Sequence[str]) -> Tensor:

@@ -1,10 +1,12 @@
-"""One tower alone, under the names of the library that it comes from: timm's folder for images, transformers' for texts.
-Beside an encoder's tower lies its projection into the joint embedding.
+"""One tower alone, under the names of the library that it comes from: timm's folder for images, transformers' for
+texts. Beside an encoder's tower lies its projection into the joint embedding.
 
 A classifier becomes a whole timm model, with its head under timm's name for it.
 """
 
+import copy
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from torch.nn.functional import normalize
 from clipdist.errors import UserError
 from clipdist.model.saved import Saved, SavedModel, plain
 from clipdist.model.saved_classifier import SavedClassifier
-from clipdist.publish.export.exporting import Asked, Foreign, Own
+from clipdist.publish.export.exporting import PIXELS, SHIPPED, Asked, Foreign, Own
 from clipdist.publish.export.shipped.modeling_clipdist import pool
 
 WEIGHTS, PROJECTION = "model.safetensors", "projection.safetensors"
@@ -77,6 +79,7 @@ def timm_folder(saved: Saved, folder: Path, more: dict[str, Any], weights: dict[
     }
     (folder / "config.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     save_file({key: plain(value) for key, value in weights.items()}, folder / WEIGHTS)
+    shutil.copyfile(SHIPPED / PIXELS, folder / PIXELS)
 
 
 def classifier_folder(saved: Saved, folder: Path) -> None:
@@ -113,8 +116,8 @@ def _head_name(saved: SavedClassifier) -> str:
     names = {key.rpartition(".")[0] for key in new}
     if len(names) != 1:
         raise UserError(
-            f"{saved.model.config.image.name}: timm's classifier is no single linear layer ({', '.join(sorted(new)[:4])}); "
-            f"export it --to onnx, or its tower --to safetensors"
+            f"{saved.model.config.image.name}: timm's classifier is no single linear layer "
+            f"({', '.join(sorted(new)[:4])}); export it --to onnx, or its tower --to safetensors"
         )
     (name,) = names
     layer = made.get_submodule(name)
@@ -181,8 +184,6 @@ def _pad_note(saved: Saved) -> list[str]:
 
 def _projection(like: nn.Sequential, folder: Path) -> nn.Sequential:
     """The projection that the folder holds, in layers of its own."""
-    import copy
-
     layers = copy.deepcopy(like).eval()
     layers.load_state_dict(load_file(folder / PROJECTION))
     return layers
@@ -259,7 +260,9 @@ model = {kind}.from_pretrained(folder).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 hidden = model(**tokenizer(["a caption"], truncation=True, return_tensors="pt")).last_hidden_state"""
     bare = ", num_classes=0" if isinstance(saved, SavedModel) or asked.tower else ""
-    result = "features = model(pixels)" if bare else "probabilities = model(pixels).softmax(1)  # labels.json names them"
+    result = (
+        "features = model(pixels)" if bare else "probabilities = model(pixels).softmax(1)  # labels.json names them"
+    )
     return f"""\
 import timm
 from PIL import Image

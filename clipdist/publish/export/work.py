@@ -32,8 +32,8 @@ def export(saved: Saved, to: str, out: Path, samples: Samples, asked: Asked, not
     """Writes the folder `out`, loads it by the library that it is for, compares, and only then gives it its name; what
     `export.json` says is returned. `saved` is to be on the CPU.
 
-    Raises `UserError`, and leaves nothing behind, when `out` exists or cannot be written, when the format cannot express
-    the model, and when the library gives something else than the model.
+    Raises `UserError`, and leaves nothing behind, when `out` exists or cannot be written, when the format cannot
+    express the model, and when the library gives something else than the model.
     """
     if to not in FORMATS:
         raise UserError(f"--to {to}: expected one of {', '.join(FORMATS)}")

@@ -14,7 +14,7 @@ from .pixels_clipdist import square
 
 
 class ClipdistImageProcessor(BaseImageProcessor):  # type: ignore[misc]
-    """Pictures (PIL, or arrays and tensors as transformers takes them) -> `pixel_values`, float32 [b, 3, side, side]."""
+    """Pictures (PIL, arrays or tensors, as transformers takes them) -> `pixel_values`, float32 [b, 3, side, side]."""
 
     model_input_names = ("pixel_values",)
 

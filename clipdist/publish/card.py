@@ -3,13 +3,15 @@ for."""
 
 import importlib.resources
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jinja2
 import yaml
 
+from clipdist.errors import UserError
 from clipdist.model.saved import Saved, SavedModel
 from clipdist.model.saved_classifier import SavedClassifier
 from clipdist.publish.notice import notice_of
@@ -21,25 +23,49 @@ RESIZING = {
     "pad": "it is filled up with white to a square",
 }
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
+_KINDS = {*DIRECTIONS, "classification"}
 CLASSIFICATION = ("top-1", "top-5", "balanced_accuracy", "auroc")
 
 
-def write_card(path: Path, saved: Saved, to: str, usage: str, report: Mapping[str, Any], notice: str = "") -> None:
-    """`notice` stands in the place of what `notice_of` says."""
-    path.write_text(model_card(saved, to, usage, report, notice), encoding="utf-8")
+@dataclass(frozen=True)
+class Said:
+    """What the user adds to a card."""
+
+    notice: str = ""
+    """Stands in the place of what `notice_of` says."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """What `clipdist eval` wrote."""
 
 
-def model_card(saved: Saved, to: str, usage: str, report: Mapping[str, Any], notice: str = "") -> str:
+def read_evaluations(paths: Sequence[Path], model: Path) -> list[dict[str, Any]]:
+    """The JSON of `clipdist eval`. Raises `UserError` for other files, and for scores of another model."""
+    found = []
+    for path in paths:
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--scores {path}: cannot be read ({error}); expected JSON of clipdist eval") from None
+        if not (isinstance(body, dict) and "split" in body and _KINDS & body.keys()):
+            raise UserError(f"--scores {path}: found no scores of a split, expected JSON of clipdist eval")
+        scored = Path(str(body.get("model", model)))
+        if scored.exists() and scored.resolve() != model.resolve():
+            raise UserError(f"--scores {path}: they are scores of {scored}, expected those of {model}")
+        found.append(body)
+    return found
+
+
+def model_card(saved: Saved, to: str, usage: str, report: Mapping[str, Any], said: Said | None = None) -> str:
     """Markdown with a YAML front matter, as model hubs read it."""
+    said = said or Said()
     template = importlib.resources.files("clipdist.publish").joinpath("model_card.md.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     about, tower = saved.about, saved.model.image
-    data = PurePosixPath(str(about.get("data", ""))).name
+    data = _name(about.get("data"))
     encoder = isinstance(saved, SavedModel)
     return environment.from_string(template).render(
         front=yaml.safe_dump(_front_matter(saved, to, report), sort_keys=False, allow_unicode=True).strip(),
-        title=f"{'A dual encoder' if encoder else 'A classifier'}{f' trained on {_plain(data)}' if data else ''}",
-        notice=" ".join(notice.split()) or notice_of(saved),
+        title=f"{'A dual encoder' if encoder else 'A classifier'}{f' trained on {data}' if data else ''}",
+        notice=" ".join(said.notice.split()) or notice_of(saved),
         usage=usage,
         encoder=encoder,
         image=saved.model.config.image.name,
@@ -50,10 +76,10 @@ def model_card(saved: Saved, to: str, usage: str, report: Mapping[str, Any], not
         classes=saved.names if isinstance(saved, SavedClassifier) else [],
         temperature=saved.temperature,  # type: ignore[attr-defined]
         about=about,
-        data=_plain(data),
+        data=data,
         notes=json.dumps(about["notes"], ensure_ascii=False) if about.get("notes") else "",
         license=_plain(about.get("license")),
-        rows=list(score_rows(saved)),
+        rows=list(score_rows(saved, said.evaluations)),
         side=tower.side,
         resizing=RESIZING[tower.resize],
         mean=[round(value, 4) for value in tower.mean],
@@ -61,6 +87,11 @@ def model_card(saved: Saved, to: str, usage: str, report: Mapping[str, Any], not
         report=report,
         digest=saved.digest,
     )
+
+
+def _name(place: Any) -> str:
+    """Of a data set, without the folders above it, which are of a machine."""
+    return _plain(PurePosixPath(str(place or "")).name)
 
 
 def _plain(value: Any) -> str:
@@ -86,12 +117,15 @@ def _front_matter(saved: Saved, to: str, report: Mapping[str, Any]) -> dict[str,
     }
 
 
-def score_rows(saved: Saved) -> Iterator[dict[str, str]]:
-    """Of each split in the model's scores: what was measured, its value and interval, chance, and among how many."""
+def score_rows(saved: Saved, evaluations: Sequence[Mapping[str, Any]] = ()) -> Iterator[dict[str, str]]:
+    """Of each evaluation, and each split in the model's scores: what was measured, its value and interval, chance, and
+    among how many."""
+    parts = [(f"{_name(one.get('data'))} {one['split']}".strip(), one) for one in evaluations]
     for part, found in saved.scores.items():
-        if not isinstance(found, dict):
-            continue
-        split = str(saved.about.get("val_split", part)) if part == "val" else part
+        if isinstance(found, dict):
+            split = saved.about.get("val_split", part) if part == "val" else part
+            parts.append((f"{_name(saved.about.get('data'))} {split}".strip(), found))
+    for split, found in parts:
         for direction, name in DIRECTIONS.items():
             measured = found.get(direction)
             if isinstance(measured, dict):

@@ -16,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="SET", help="shard set whose first pairs it is checked by; default: made-up ones"
     )
     parser.add_argument("--split", default="val", help="of --data; default: val")
+    parser.add_argument(
+        "--scores", nargs="+", default=[], type=Path, metavar="FILE", help="JSON of clipdist eval, for the card"
+    )
     parser.add_argument("--notice", default="", metavar="TEXT", help="stands on the card in place of the usual warning")
     parser.add_argument(
         "--hub-name",
@@ -28,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from clipdist.errors import UserError
     from clipdist.model.saved import load
+    from clipdist.publish.card import Said, read_evaluations
     from clipdist.publish.export.exporting import Asked, generated_samples, real_samples
     from clipdist.publish.export.work import export
 
@@ -38,9 +42,10 @@ def run(args: argparse.Namespace) -> int:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    said = Said(args.notice, read_evaluations(args.scores, args.model))
     saved = load(args.model, "cpu")
     samples = real_samples(args.data, args.split) if args.data else generated_samples(saved)
-    report = export(saved, args.to, args.out, samples, Asked(args.tower, args.hub_name), args.notice)
+    report = export(saved, args.to, args.out, samples, Asked(args.tower, args.hub_name), said)
     print("\n".join(_said(args.out, report)))
     return 0
 

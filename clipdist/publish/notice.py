@@ -15,8 +15,8 @@ RESEARCH = (
 )
 MEDICAL = (
     "Not a medical device; for research. The model has been neither approved nor clinically tested: it must not be "
-    "used to diagnose, to choose a treatment, or to decide about a patient. Its answers can be wrong without looking so, "
-    "and differ in quality between groups of patients, scanners and hospitals."
+    "used to diagnose, to choose a treatment, or to decide about a patient. Its answers can be wrong without looking "
+    "so, and differ in quality between groups of patients, scanners and hospitals."
 )
 _MEDICAL_WORDS = re.compile(
     r"medic|clinic|patient|hospital|diagnos|disease|patholog|histolog|slide|biops|tumou?r|cancer|carcinoma|melanom|"

@@ -20,7 +20,7 @@ from clipdist.data.images.resize import fit
 from clipdist.errors import UserError
 from clipdist.model.saved import save_model
 from clipdist.model.towers import pool
-from clipdist.publish.card import model_card, score_rows
+from clipdist.publish.card import model_card, read_evaluations, score_rows
 from clipdist.publish.export import hugging_face, onnx_folder, open_clip_folder, tower_folders
 from clipdist.publish.export.exporting import Asked, Foreign, Own, compare, generated_samples, real_samples
 from clipdist.publish.export.shipped.modeling_clipdist import pool as shipped_pool
@@ -243,7 +243,7 @@ def test_the_card_says_what_was_measured() -> None:
     checked = {"library": "a library", "samples": "generated", "compared": "unit vectors"}
     report = {"checked": checked, "notes": ["a note"], "versions": {"x": "1"}, "tower": None}
     card = model_card(saved, "huggingface", "print(1)", report)
-    row = "| val | image → text R@1 | 0.125 | 0.050 – 0.220 | 0.031 | gallery 32, 32 queries |"
+    row = "| shapes val | image → text R@1 | 0.125 | 0.050 – 0.220 | 0.031 | gallery 32, 32 queries |"
     assert row in card
     assert "CC0-1.0, drawn by the tests" in card
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: zero-shot-image-classification\n")
@@ -254,9 +254,26 @@ def test_the_card_says_what_was_measured() -> None:
     other.scores = {
         "val": {"classification": {"rows": 4, "classes": {"a": {}}, "top-1": {"value": 0.5}, "majority": 0.4}}
     }
-    assert "| val | top-1 | 0.500 | not measured | 0.400 | 4 images, 1 classes |" in model_card(
+    assert "| shapes val | top-1 | 0.500 | not measured | 0.400 | 4 images, 1 classes |" in model_card(
         other, "onnx", "print(1)", report
     )
+
+
+def test_scores_of_an_evaluation_stand_on_the_card(tmp_path: Path) -> None:
+    saved = encoder()
+    direction = {"R@1": {"value": 0.25, "low": 0.125, "high": 0.375, "chance": 0.01}, "queries": 50, "gallery": 100}
+    path = tmp_path / "shapes-test.json"
+    body = {"data": "/x/shapes", "split": "test", "model": "elsewhere/model", "text_to_image": direction}
+    path.write_text(json.dumps(body))
+    rows = [row["split"] for row in score_rows(saved, read_evaluations([path], tmp_path))]
+    assert rows == ["shapes test", "shapes val"]
+    path.write_text(json.dumps({**body, "model": str(Path(__file__).parent)}))
+    with pytest.raises(UserError, match="expected those of"):
+        read_evaluations([path], tmp_path)
+    for wrong in ("{}", "torn", "[]"):
+        path.write_text(wrong)
+        with pytest.raises(UserError, match="expected JSON of clipdist eval"):
+            read_evaluations([path], tmp_path)
 
 
 def test_nothing_of_the_report_is_no_json(tmp_path: Path) -> None:

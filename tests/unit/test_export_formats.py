@@ -1,5 +1,6 @@
 """Each export, loaded here by the library that it is for, gives what the model gives."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 from clipdist.model.saved import SavedModel
-from clipdist.publish.export.exporting import Asked, generated_samples
+from clipdist.publish.export.exporting import SHIPPED, Asked, generated_samples
 from clipdist.publish.export.work import export
 from tests.unit.export_models import CLIP, SIGLIP, TEXTS, classifier, encoder, files, pictures
 
@@ -87,6 +88,18 @@ def test_squashed_pictures_of_a_clip_are_those_of_training(tmp_path: Path) -> No
     assert report["checked"]["preprocessing"]["grey_levels_max"] < 2, "torch and Pillow round differently"
 
 
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.py")), ids=lambda path: path.name)
+def test_code_that_travels_needs_nothing_of_ours(path: Path) -> None:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    packages = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+    assert packages <= {"torch", "timm", "transformers", "numpy", "PIL"}
+    beside = {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and node.level}
+    assert beside <= {other.stem for other in SHIPPED.glob("*_clipdist.py")}
+
+
+@pytest.mark.slow
 def test_transformers_without_clipdist(tmp_path: Path) -> None:
     saved = encoder()
     folder, _ = out_of(saved, "huggingface", tmp_path)
@@ -158,7 +171,7 @@ def run(path: Path, **arrays: np.ndarray) -> list[np.ndarray]:
     return session.run(None, arrays)
 
 
-@pytest.mark.parametrize("name", ["bert", "SigLIP"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("SigLIP", marks=pytest.mark.slow)])
 def test_onnx(name: str, tmp_path: Path) -> None:
     saved = encoder(SIGLIP if name == "SigLIP" else None)
     folder, _ = out_of(saved, "onnx", tmp_path)

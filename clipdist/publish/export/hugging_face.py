@@ -1,8 +1,8 @@
 """A dual encoder as a folder of transformers.
 
-A model that `VisionTextDualEncoderModel` can express becomes one, which loads without foreign code: a text tower of CLIP,
-pooled at the end token, and linear projections without bias. Every other model, with its own pooling or projection,
-carries the code of its class with it: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
+A model that `VisionTextDualEncoderModel` can express becomes one, which loads without foreign code: its text tower is
+CLIP's, pooled at the end token, its projections are linear without bias. Every other model, with a pooling or a
+projection of its own, carries the code of its class: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
 """
 
 import json

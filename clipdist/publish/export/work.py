@@ -16,7 +16,7 @@ from clipdist.data.shards import fsync_folder
 from clipdist.errors import UserError, disk_errors
 from clipdist.model.saved import Saved
 from clipdist.model.towers import first_line
-from clipdist.publish.card import write_card
+from clipdist.publish.card import Said, model_card
 from clipdist.publish.export.exporting import Asked, Format, Samples, compare
 
 FORMATS = {
@@ -28,7 +28,9 @@ FORMATS = {
 REPORT = "export.json"
 
 
-def export(saved: Saved, to: str, out: Path, samples: Samples, asked: Asked, notice: str = "") -> dict[str, Any]:
+def export(
+    saved: Saved, to: str, out: Path, samples: Samples, asked: Asked, said: Said | None = None
+) -> dict[str, Any]:
     """Writes the folder `out`, loads it by the library that it is for, compares, and only then gives it its name; what
     `export.json` says is returned. `saved` is to be on the CPU.
 
@@ -49,7 +51,8 @@ def export(saved: Saved, to: str, out: Path, samples: Samples, asked: Asked, not
             partial.mkdir(parents=True)
             made.write(saved, partial, asked)
             report = _checked(made, saved, to, partial, samples, asked)
-            write_card(partial / "README.md", saved, to, made.usage(saved, asked), report, notice)
+            card = model_card(saved, to, made.usage(saved, asked), report, said)
+            (partial / "README.md").write_text(card, encoding="utf-8")
             (partial / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             made.finish(partial, out, asked)
             _sync(partial)

@@ -3,6 +3,7 @@ compared with the model before it takes its name; export.json says what was comp
 """
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells of every constant that it leaves alone
     said = Said(args.notice, read_evaluations(args.scores, args.model))
     saved = load(args.model, "cpu")
     samples = real_samples(args.data, args.split) if args.data else generated_samples(saved)

@@ -4,6 +4,7 @@ them, and the comparison.
 b = rows, S = side of an image, D = width of what is compared.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,6 +183,14 @@ def _grey_levels(expected: Tensor, found: Tensor, std: Sequence[float] | None) -
     scale = torch.ones(3) if std is None else torch.tensor(std) * 255
     levels = (found.float() - expected.float()).abs() * scale.view(1, 3, 1, 1)
     return {"grey_levels_mean": float(levels.mean()), "grey_levels_max": float(levels.max())}
+
+
+def travelling_tokenizer(saved: SavedModel) -> Any:
+    """The tokenizer, told what the model knew beside it: the longest length, and that padding stands on the right."""
+    tokenizer: Any = copy.deepcopy(saved.tokenizer.tokenizer)
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = saved.tokenizer.max_tokens
+    return tokenizer
 
 
 def missing_package(package: str, install: str) -> UserError:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipdist.model.saved import Saved, SavedModel, plain
-from clipdist.publish.export.exporting import PIXELS, SHIPPED, Asked, Foreign, Own
+from clipdist.publish.export.exporting import PIXELS, SHIPPED, Asked, Foreign, Own, travelling_tokenizer
 from clipdist.publish.export.tower_folders import classifier_folder, embeddings_of, load_classifier_folder
 from clipdist.publish.export.tower_folders import usage as classifier_usage
 
@@ -60,10 +60,8 @@ def write(saved: Saved, folder: Path, asked: Asked) -> None:
     if not isinstance(saved, SavedModel):
         classifier_folder(saved, folder)
         return
-    tokenizer = saved.tokenizer.tokenizer
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    tokenizer.model_max_length = saved.tokenizer.max_tokens
-    processor: Any = transformers.VisionTextDualEncoderProcessor(_image_processor(saved, folder), tokenizer)
+    images, tokenizer = _image_processor(saved, folder), travelling_tokenizer(saved)
+    processor: Any = transformers.VisionTextDualEncoderProcessor(images, tokenizer)
     processor.save_pretrained(folder)
     model = _made(saved)
     model.load_state_dict(_weights(saved))
@@ -78,8 +76,8 @@ def write(saved: Saved, folder: Path, asked: Asked) -> None:
 def _image_processor(saved: SavedModel, folder: Path) -> Any:
     """transformers' own where it is nearly the same and nothing else asks for foreign code, or ours, with its code."""
     tower = saved.model.image
-    numbers = {"image_mean": list(tower.mean), "image_std": list(tower.std)}
-    side = {"height": tower.side, "width": tower.side}
+    numbers: dict[str, Any] = {"image_mean": list(tower.mean), "image_std": list(tower.std)}
+    side: Any = {"height": tower.side, "width": tower.side}
     if is_plain(saved) and tower.resize == "crop":
         return transformers.CLIPImageProcessor(size={"shortest_edge": tower.side}, crop_size=side, **numbers)
     if is_plain(saved) and tower.resize == "squash":
@@ -90,7 +88,7 @@ def _image_processor(saved: SavedModel, folder: Path) -> Any:
 
     for name in IMAGE_CODE:
         shutil.copyfile(SHIPPED / name, folder / name)
-    processor = ClipdistImageProcessor(side=tower.side, resize_mode=tower.resize, **numbers)
+    processor: Any = ClipdistImageProcessor(side=tower.side, resize_mode=tower.resize, **numbers)
     processor.auto_map = {"AutoImageProcessor": "image_processing_clipdist.ClipdistImageProcessor"}
     return processor
 
@@ -100,7 +98,8 @@ def _made(saved: SavedModel) -> Any:
     config, image, text = saved.model.config, saved.model.image, saved.model.text
     name = config.image.name.partition(":")[2]
     arguments = {key: value for key, value in image.arguments.items() if key != "patch_drop_rate"}
-    vision = transformers.TimmWrapperConfig(architecture=name, model_args=arguments, hidden_size=image.width)
+    more: dict[str, Any] = {"hidden_size": image.width}  # which the class does not know, and keeps
+    vision = transformers.TimmWrapperConfig(architecture=name, model_args=arguments, **more)
     scale = float(saved.model.temperature.log_scale.detach())
     if is_plain(saved):
         whole = transformers.VisionTextDualEncoderConfig(

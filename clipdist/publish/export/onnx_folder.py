@@ -22,7 +22,15 @@ from clipdist.errors import UserError
 from clipdist.model.dual_encoder import DualEncoder
 from clipdist.model.saved import Saved, SavedModel
 from clipdist.model.saved_classifier import SavedClassifier
-from clipdist.publish.export.exporting import PIXELS, SHIPPED, Asked, Foreign, Own, missing_package
+from clipdist.publish.export.exporting import (
+    PIXELS,
+    SHIPPED,
+    Asked,
+    Foreign,
+    Own,
+    missing_package,
+    travelling_tokenizer,
+)
 from clipdist.publish.export.shipped.modeling_clipdist import pool
 from clipdist.publish.export.tower_folders import embeddings_of, write_labels
 
@@ -77,10 +85,7 @@ def write(saved: Saved, folder: Path, asked: Asked) -> None:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         fixed = saved.model.config.text.fills
         _write_graph(_Texts(saved.model), folder / "text.onnx", inputs, ["vectors"], about, fixed_tokens=fixed)
-        tokenizer = saved.tokenizer.tokenizer
-        tokenizer.padding_side = tokenizer.truncation_side = "right"
-        tokenizer.model_max_length = saved.tokenizer.max_tokens
-        tokenizer.save_pretrained(folder)
+        travelling_tokenizer(saved).save_pretrained(folder)
     else:
         assert isinstance(saved, SavedClassifier)
         about["clipdist.labels"] = json.dumps(saved.names, ensure_ascii=False)
@@ -189,6 +194,7 @@ def load(saved: Saved, folder: Path, asked: Asked) -> tuple[Own, Foreign]:
         "versions": {"onnxruntime": onnxruntime.__version__, "opset": str(OPSET)},
     }
     if not isinstance(saved, SavedModel):
+        assert isinstance(saved, SavedClassifier)
         return Own(saved.model.logits, None, "logits"), Foreign("onnxruntime, on the CPU", **shared)
     import transformers
 

@@ -21,7 +21,15 @@ from torch import Tensor, nn
 
 from clipdist.errors import UserError
 from clipdist.model.saved import Saved, SavedModel, plain
-from clipdist.publish.export.exporting import PIXELS, SHIPPED, Asked, Foreign, Own, missing_package
+from clipdist.publish.export.exporting import (
+    PIXELS,
+    SHIPPED,
+    Asked,
+    Foreign,
+    Own,
+    missing_package,
+    travelling_tokenizer,
+)
 from clipdist.publish.export.open_clip_names import named_as_text, named_as_vision
 from clipdist.publish.export.tower_folders import embeddings_of
 
@@ -66,6 +74,8 @@ def _reasons(saved: SavedModel) -> list[str]:
             reasons.append("model.text.padding=max_tokens of a text tower of transformers")
         if text.hf_config.pad_token_id != saved.tokenizer.pad_id or _end(saved) == saved.tokenizer.pad_id:
             reasons.append("a tokenizer whose padding token is a token of captions, too")
+    if saved.model.image.width != getattr(saved.model.image.model, "num_features", None) and not _native_vision(saved):
+        reasons.append(f"{saved.model.config.image.name}, whose features are wider than the num_features of timm")
     options = set(saved.model.image.arguments) - TIMM_WORDS
     if options and _native_vision(saved) is None:
         reasons.append(f"options of timm ({', '.join(sorted(options))}) for {saved.model.config.image.name}")
@@ -128,7 +138,7 @@ def _ratio(hidden: int, width: int) -> float:
 
 def _timm_vision(saved: SavedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tower = saved.model.image
-    linear = saved.model.image_projection[-1]
+    linear: Any = saved.model.image_projection[-1]
     shape = {
         "image_size": tower.side,
         "timm_model_name": saved.model.config.image.name.partition(":")[2],
@@ -165,7 +175,7 @@ def _native_text(saved: SavedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         shape |= {"pool_type": "eos", "eos_id": _end(saved)}
     weights = named_as_text(saved.model.text.model.state_dict())
     weights["positional_embedding"] = weights["positional_embedding"][: text.max_tokens]
-    linear = saved.model.text_projection[-1]
+    linear: Any = saved.model.text_projection[-1]
     if linear.bias is not None:
         shape["proj_bias"] = True
         return shape, {**weights, "text_projection.weight": linear.weight, "text_projection.bias": linear.bias}
@@ -184,7 +194,8 @@ def _hugging_face_text(saved: SavedModel, folder: Path) -> tuple[dict[str, Any],
     # The tower's own pooling head, which nothing here reads, is left out there.
     tower = {key: value for key, value in text.model.state_dict().items() if not key.startswith("pooler.")}
     weights = {f"transformer.{key}": value for key, value in tower.items()}
-    return shape, {**weights, "proj.weight": saved.model.text_projection[-1].weight}
+    linear: Any = saved.model.text_projection[-1]
+    return shape, {**weights, "proj.weight": linear.weight}
 
 
 def write(saved: Saved, folder: Path, asked: Asked) -> None:
@@ -219,10 +230,7 @@ def write(saved: Saved, folder: Path, asked: Asked) -> None:
     save_file({key: plain(value) for key, value in weights.items()}, folder / WEIGHTS)
     if not own_text:
         config.save_pretrained(folder)
-    tokenizer = saved.tokenizer.tokenizer
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    tokenizer.model_max_length = saved.tokenizer.max_tokens
-    tokenizer.save_pretrained(folder)
+    travelling_tokenizer(saved).save_pretrained(folder)
     shutil.copyfile(SHIPPED / PIXELS, folder / PIXELS)
 
 

@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 from clipdist.errors import UserError
 from clipdist.model.saved import Saved, SavedModel, plain
 from clipdist.model.saved_classifier import SavedClassifier
-from clipdist.publish.export.exporting import PIXELS, SHIPPED, Asked, Foreign, Own
+from clipdist.publish.export.exporting import PIXELS, SHIPPED, Asked, Foreign, Own, travelling_tokenizer
 from clipdist.publish.export.shipped.modeling_clipdist import pool
 
 WEIGHTS, PROJECTION = "model.safetensors", "projection.safetensors"
@@ -42,11 +42,9 @@ def check(saved: Saved, asked: Asked) -> None:
 def write(saved: Saved, folder: Path, asked: Asked) -> None:
     if asked.tower == "text":
         assert isinstance(saved, SavedModel)
-        tokenizer = saved.tokenizer.tokenizer
-        tokenizer.padding_side = tokenizer.truncation_side = "right"
-        tokenizer.model_max_length = saved.tokenizer.max_tokens
-        tokenizer.save_pretrained(folder)
-        saved.model.text.model.save_pretrained(folder)
+        travelling_tokenizer(saved).save_pretrained(folder)
+        encoder: Any = saved.model.text.model
+        encoder.save_pretrained(folder)
     else:
         timm_folder(saved, folder, {}, saved.model.image.model.state_dict())
     if isinstance(saved, SavedModel):
@@ -149,10 +147,10 @@ def load(saved: Saved, folder: Path, asked: Asked) -> tuple[Own, Foreign]:
         assert isinstance(saved, SavedModel)
         return _load_text(saved, folder)
     model = _timm_model(folder, num_classes=0)
+    encode: Any = saved.model.encode_image
+    own, projected = Own(encode, None, "unit vectors of the tower"), nn.Sequential()
     if isinstance(saved, SavedModel):
-        own, projected = Own(saved.model.encode_image, None), _projection(saved.model.image_projection, folder)
-    else:
-        own, projected = Own(saved.model.encode_image, None, "unit vectors of the tower"), nn.Identity()
+        own, projected = Own(encode, None), _projection(saved.model.image_projection, folder)
     foreign = Foreign(
         'timm: create_model("local-dir:…", pretrained=True, num_classes=0)',
         image=lambda images: normalize(projected(model(images)), dim=1),

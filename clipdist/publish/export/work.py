@@ -1,7 +1,6 @@
 """From a saved model to a folder of another library, checked by that library before it takes its name."""
 
 import importlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -15,7 +14,6 @@ from clipdist import __version__
 from clipdist.data.shards import fsync_folder
 from clipdist.errors import UserError, disk_errors
 from clipdist.model.saved import Saved
-from clipdist.model.towers import first_line
 from clipdist.publish.card import Said, model_card
 from clipdist.publish.export.exporting import Asked, Format, Samples, compare
 
@@ -75,7 +73,7 @@ def _checked(made: Format, saved: Saved, to: str, folder: Path, samples: Samples
     except Exception as error:  # each library has kinds of its own
         raise UserError(
             f"--to {to}: nothing was exported: the library cannot use what was written "
-            f"({type(error).__name__}: {first_line(error)})"
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
         ) from error
     versions = {"clipdist": __version__, "python": platform.python_version(), "torch": torch.__version__}
     return {

@@ -16,7 +16,7 @@ from .pixels_clipdist import square
 class ClipdistImageProcessor(BaseImageProcessor):  # type: ignore[misc]
     """Pictures (PIL, arrays or tensors, as transformers takes them) -> `pixel_values`, float32 [b, 3, side, side]."""
 
-    model_input_names = ("pixel_values",)
+    model_input_names = ["pixel_values"]  # noqa: RUF012 (as the base class has it)
 
     def __init__(
         self,
@@ -31,7 +31,8 @@ class ClipdistImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         self.image_mean, self.image_std = list(image_mean), list(image_std)
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
-        pictures = [to_pil_image(image) for image in make_flat_list_of_images(images)]
+        flat: Any = make_flat_list_of_images(images)
+        pictures = [to_pil_image(image) for image in flat]
         pixels = np.stack([square(picture, self.side, self.resize_mode) for picture in pictures])
         mean, std = (np.asarray(values, np.float32) for values in (self.image_mean, self.image_std))
         normalised = (pixels.astype(np.float32) / np.float32(255) - mean) / std

@@ -115,9 +115,9 @@ class ClipdistModel(PreTrainedModel):  # type: ignore[misc]
         """Images, texts, or both; logits need both."""
         images = texts = logits = None
         if pixel_values is not None:
-            images = nn.functional.normalize(self.get_image_features(pixel_values).pooler_output, dim=-1)
+            images = _unit(self.get_image_features(pixel_values))
         if input_ids is not None:
-            texts = nn.functional.normalize(self.get_text_features(input_ids, attention_mask).pooler_output, dim=-1)
+            texts = _unit(self.get_text_features(input_ids, attention_mask))
         if images is not None and texts is not None:
             logits = self.logit_scale.exp() * images @ texts.T
             if self.logit_bias is not None:
@@ -128,6 +128,11 @@ class ClipdistModel(PreTrainedModel):  # type: ignore[misc]
             text_embeds=texts,
             image_embeds=images,
         )
+
+
+def _unit(features: BaseModelOutputWithPooling) -> Tensor:
+    assert features.pooler_output is not None
+    return nn.functional.normalize(features.pooler_output, dim=-1)
 
 
 def pool(hidden_bTC: Tensor, mask_bT: Tensor, pooling: str) -> Tensor:

@@ -18,7 +18,9 @@ import transformers
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
+from clipdist.errors import UserError
 from clipdist.model.saved import SavedModel
+from clipdist.publish.export import onnx_folder
 from clipdist.publish.export.exporting import SHIPPED, Asked, generated_samples
 from clipdist.publish.export.work import export
 from tests.unit.export_models import CLIP, SIGLIP, TEXTS, classifier, encoder, files, pictures
@@ -43,12 +45,31 @@ def close(found: Any, expected: Any, atol: float = 1e-5) -> None:
     np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=atol, rtol=0)
 
 
+SWIN = {
+    "name": "timm:swin_tiny_patch4_window7_224",
+    "side": 64,
+    "options": {"embed_dim": 24, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
+}
+ROTARY = {
+    "name": "timm:eva02_tiny_patch14_224",
+    "side": 56,
+    "patch_dropout": 0.5,
+    "options": {"depth": 2, "embed_dim": 48, "num_heads": 3},
+}
+T5 = {"name": "hf:t5", "options": {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2}}
+GPT2 = {
+    "name": "hf:gpt2",
+    "pooling": "last",
+    "options": {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16, "bos_token_id": 2, "eos_token_id": 3},
+}
 HUGGING_FACE = {
     "CLIP": (CLIP, {}, False),
     "SigLIP": (SIGLIP, {}, True),
     "mean of bert": (None, {}, True),
     "mlp, bias, max, padded pictures": (None, AWKWARD, True),
     "CLIP, padded pictures": (CLIP, {"image": {"resize": "pad"}}, False),
+    "windows, positions that are no weights, t5": (None, {"image": SWIN, "text": T5}, True),
+    "rotary positions, patches left out in training, gpt2": (None, {"image": ROTARY, "text": GPT2}, True),
 }
 
 
@@ -79,6 +100,17 @@ def test_transformers(name: str, tmp_path: Path) -> None:
     close(found.logits_per_image, scale * cosines + (0 if bias is None else bias), 1e-4)
     assert checked["image_max_difference"] < 1e-5
     assert checked["text_max_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("base", [CLIP, SIGLIP], ids=["plain", "own code"])
+def test_the_pipeline_of_transformers(base: dict[str, Any], tmp_path: Path) -> None:
+    saved = encoder(base, image={"resize": "squash"})
+    folder, _ = out_of(saved, "huggingface", tmp_path)
+    classify = transformers.pipeline("zero-shot-image-classification", model=str(folder), trust_remote_code=True)
+    picture = pictures(1)[0].resize((160, 160))
+    found = {one["label"]: one["score"] for one in classify(picture, ["red", "blue"], hypothesis_template="A {}.")}
+    cosines = torch.from_numpy(saved.encode_image([picture]) @ saved.encode_text(["A red.", "A blue."]).T)
+    close([found["red"], found["blue"]], (cosines / saved.temperature).softmax(1)[0], 2e-3)
 
 
 @torch.inference_mode()
@@ -201,6 +233,9 @@ def test_onnx_of_a_classifier(tmp_path: Path) -> None:
     close(logits, saved.model.logits(pixels).detach(), 1e-4)
     close(probabilities, saved.predict_proba(pictures()))
     assert json.loads((folder / "labels.json").read_text())["labels"] == saved.names
+    saved._temperature = {"value": 0.5}
+    with pytest.raises(UserError, match="other probabilities"):
+        onnx_folder.load(saved, folder, Asked())
 
 
 @pytest.mark.parametrize("name", ["timm:test_convnext", "timm:test_vit"])

@@ -24,7 +24,11 @@ from clipdist.publish.export.tower_folders import usage as classifier_usage
 
 MODEL_CODE = "modeling_clipdist.py"
 IMAGE_CODE = ("image_processing_clipdist.py", PIXELS)
-AUTO_MAP = {"AutoConfig": "modeling_clipdist.ClipdistConfig", "AutoModel": "modeling_clipdist.ClipdistModel"}
+AUTO_MAP = {
+    "AutoConfig": "modeling_clipdist.ClipdistConfig",
+    "AutoModel": "modeling_clipdist.ClipdistModel",
+    "AutoModelForZeroShotImageClassification": "modeling_clipdist.ClipdistModel",  # what the pipeline asks for
+}
 
 
 def check(saved: Saved, asked: Asked) -> None:

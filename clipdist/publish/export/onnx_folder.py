@@ -25,6 +25,7 @@ from clipdist.model.saved_classifier import SavedClassifier
 from clipdist.publish.export.exporting import (
     PIXELS,
     SHIPPED,
+    TOLERANCE,
     Asked,
     Foreign,
     Own,
@@ -183,7 +184,7 @@ def load(saved: Saved, folder: Path, asked: Asked) -> tuple[Own, Foreign]:
         alone = np.concatenate(
             [session.run(None, {key: value[row : row + 1] for key, value in arrays.items()})[0] for row in range(rows)]
         )
-        if not np.abs(whole - alone).max() <= 1e-4 * max(1.0, float(np.abs(whole).max())):
+        if not np.abs(whole - alone).max() <= TOLERANCE * max(1.0, float(np.abs(whole).max())):
             raise UserError(f"onnxruntime gives rows that depend on the batch, by {np.abs(whole - alone).max():.1e}")
         return torch.from_numpy(whole)
 
@@ -195,6 +196,7 @@ def load(saved: Saved, folder: Path, asked: Asked) -> tuple[Own, Foreign]:
     }
     if not isinstance(saved, SavedModel):
         assert isinstance(saved, SavedClassifier)
+        _check_probabilities(saved, session)
         return Own(saved.model.logits, None, "logits"), Foreign("onnxruntime, on the CPU", **shared)
     import transformers
 
@@ -213,13 +215,22 @@ def load(saved: Saved, folder: Path, asked: Asked) -> tuple[Own, Foreign]:
             alone = words.run(
                 None, {"input_ids": ids[row : row + 1, :length], **_taken(words, mask[row : row + 1, :length])}
             )
-            if not np.abs(alone[0] - found[row].numpy()).max() <= 1e-4:
+            if not np.abs(alone[0] - found[row].numpy()).max() <= TOLERANCE:
                 raise UserError("onnxruntime gives texts that depend on their padding")
         return found
 
     own = embeddings_of(saved)
     temperature = float(_metadata(words)["clipdist.temperature"])
     return own, Foreign("onnxruntime, on the CPU", text=text, temperature=temperature, **shared)
+
+
+def _check_probabilities(saved: SavedClassifier, session: Any) -> None:
+    side = saved.model.image.side
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, side, side), np.uint8)
+    logits, probabilities = session.run(["logits", "probabilities"], {"pixels": pixels})
+    expected = torch.softmax(torch.from_numpy(logits) / saved.temperature, dim=1)
+    if not float((torch.from_numpy(probabilities) - expected).abs().max()) <= TOLERANCE:
+        raise UserError("onnxruntime gives other probabilities than the softmax of the logits at the temperature")
 
 
 def _taken(session: Any, mask: np.ndarray) -> dict[str, np.ndarray]:

@@ -68,9 +68,9 @@ def _checked(made: Format, saved: Saved, to: str, folder: Path, samples: Samples
         found = compare(saved, own, foreign, samples)
     except UserError as error:
         raise UserError(f"--to {to}: nothing was exported: {error}") from None
-    except OSError:
-        raise
     except Exception as error:  # each library has kinds of its own
+        if isinstance(error, OSError) and error.errno:
+            raise  # the disk's; transformers raises others without a number, about what it read
         raise UserError(
             f"--to {to}: nothing was exported: the library cannot use what was written "
             f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"

@@ -69,7 +69,7 @@ def model_card(saved: Saved, to: str, usage: str, report: Mapping[str, Any], sai
         usage=usage,
         encoder=encoder,
         image=saved.model.config.image.name,
-        text=saved.model.config.text.name if encoder else "",
+        text=_tower(saved.model.config.text.name) if encoder else "",
         text_type=saved.model.text.hf_config.model_type if isinstance(saved, SavedModel) else "",
         max_tokens=saved.model.config.text.max_tokens,
         width=saved.width,  # type: ignore[attr-defined]
@@ -87,6 +87,12 @@ def model_card(saved: Saved, to: str, usage: str, report: Mapping[str, Any], sai
         report=report,
         digest=saved.digest,
     )
+
+
+def _tower(name: str) -> str:
+    """`hf:/a/folder/of/bert` -> `hf:bert`; names of hubs and packages as they are."""
+    kind, _, place = name.partition(":")
+    return f"{kind}:{PurePosixPath(place).name}" if kind == "hf" and place.startswith(("/", ".", "~")) else name
 
 
 def _name(place: Any) -> str:
@@ -121,10 +127,12 @@ def score_rows(saved: Saved, evaluations: Sequence[Mapping[str, Any]] = ()) -> I
     """Of each evaluation, and each split in the model's scores: what was measured, its value and interval, chance, and
     among how many."""
     parts = [(f"{_name(one.get('data'))} {one['split']}".strip(), one) for one in evaluations]
+    evaluated = {split for split, _ in parts}
     for part, found in saved.scores.items():
         if isinstance(found, dict):
             split = saved.about.get("val_split", part) if part == "val" else part
-            parts.append((f"{_name(saved.about.get('data'))} {split}".strip(), found))
+            name = f"{_name(saved.about.get('data'))} {split}".strip()
+            parts += [(name, found)] if name not in evaluated else []  # measured anew, with intervals
     for split, found in parts:
         for direction, name in DIRECTIONS.items():
             measured = found.get(direction)

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from clipdist.publish.card import Said, read_evaluations
     from clipdist.publish.export.exporting import Asked, generated_samples, real_samples
     from clipdist.publish.export.work import export
+    from clipdist.train.command import configure_logging
 
     if args.tower and args.to != "safetensors":
         raise UserError(f"--tower goes with --to safetensors; --to {args.to} takes the whole model")
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--hub-name goes with --to open_clip; a folder of --to {args.to} names no place")
     import transformers
 
+    configure_logging()
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells of every constant that it leaves alone
     said = Said(args.notice, read_evaluations(args.scores, args.model))

@@ -42,6 +42,7 @@ def test_the_command(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "> **Only for shapes.**" in card
     assert "/somewhere" not in card
     before = {path: path.read_bytes() for path in (tmp_path / "new" / "out").iterdir()}
+    assert not [path for path, data in before.items() if str(tmp_path).encode() in data], "names a folder of here"
     assert cli.main(words) == 2
     assert "exists already; choose another folder" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in (tmp_path / "new" / "out").iterdir()}
@@ -248,6 +249,9 @@ def test_the_card_says_what_was_measured() -> None:
     assert "CC0-1.0, drawn by the tests" in card
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: zero-shot-image-classification\n")
     saved.scores = {}
+    object.__setattr__(saved.model.config.text, "name", "hf:/home/someone/bert-of-skin")
+    assert "someone" not in (card := model_card(saved, "onnx", "print(1)", report))
+    assert "text tower `hf:bert-of-skin`" in card
     assert "None were stored" in model_card(saved, "huggingface", "print(1)", report)
     assert not list(score_rows(saved))
     other = classifier()
@@ -267,6 +271,9 @@ def test_scores_of_an_evaluation_stand_on_the_card(tmp_path: Path) -> None:
     path.write_text(json.dumps(body))
     rows = [row["split"] for row in score_rows(saved, read_evaluations([path], tmp_path))]
     assert rows == ["shapes test", "shapes val"]
+    path.write_text(json.dumps({**body, "split": "val"}))
+    rows = [row["value"] for row in score_rows(saved, read_evaluations([path], tmp_path))]
+    assert rows == ["0.250"], "an evaluation replaces what was stored of the same split"
     path.write_text(json.dumps({**body, "model": str(Path(__file__).parent)}))
     with pytest.raises(UserError, match="expected those of"):
         read_evaluations([path], tmp_path)

@@ -104,11 +104,13 @@ def _made(saved: SavedModel) -> Any:
     arguments = {key: value for key, value in image.arguments.items() if key != "patch_drop_rate"}
     more: dict[str, Any] = {"hidden_size": image.width}  # which the class does not know, and keeps
     vision = transformers.TimmWrapperConfig(architecture=name, model_args=arguments, **more)
+    shape = text.hf_config.to_dict()
+    shape.pop("_name_or_path", None)  # a folder of this machine
     scale = float(saved.model.temperature.log_scale.detach())
     if is_plain(saved):
         whole = transformers.VisionTextDualEncoderConfig(
             vision_config=vision.to_dict(),
-            text_config=text.hf_config.to_dict(),
+            text_config=shape,
             projection_dim=config.width,
             logit_scale_init_value=scale,
         )
@@ -118,7 +120,7 @@ def _made(saved: SavedModel) -> Any:
     how = config.projection
     own = ClipdistConfig(
         vision_config=vision.to_dict(),
-        text_config=text.hf_config.to_dict(),
+        text_config=shape,
         projection_dim=config.width,
         projection={"kind": how.kind, "hidden": how.hidden, "layer_norm": how.layer_norm, "bias": how.bias},
         pooling=text.pooling,

@@ -275,11 +275,9 @@ def _notes(saved: SavedModel, asked: Asked) -> list[str]:
     if saved.model.text.hf_config.model_type in NATIVE:
         return []
     if asked.hub_name:
-        return [
-            f"open_clip asks the hub's {asked.hub_name} for the text tower's configuration: upload the folder there"
-        ]
+        return [f"the text tower's configuration is asked of the hub's {asked.hub_name}: upload the folder there"]
     return [
-        "open_clip finds the text tower's configuration by the folder's absolute path: after moving it, set "
+        "the text tower's configuration is found by the folder's absolute path: after moving it, set "
         "text_cfg.hf_model_name in open_clip_config.json; for a hub, export with --hub-name ORG/NAME"
     ]
 

@@ -121,6 +121,11 @@ def test_a_tower_that_is_not_there(tmp_path: Path) -> None:
     refused(classifier(), "safetensors", tmp_path / "out", "this model has image alone", tower="text")
 
 
+def test_a_classifier_with_two_heads(tmp_path: Path) -> None:
+    saved = classifier(name="timm:deit_tiny_distilled_patch16_224", options={"depth": 1, "embed_dim": 24})
+    refused(saved, "huggingface", tmp_path / "out", "no single linear layer .*head_dist.*; export it --to onnx")
+
+
 @pytest.mark.parametrize(("to", "package"), [("onnx", "onnxruntime"), ("open_clip", "open_clip")])
 def test_a_package_that_is_missing(to: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec

@@ -111,7 +111,8 @@ def _native_vision(saved: SavedModel) -> tuple[dict[str, Any], dict[str, Tensor]
     quick = _is_quick(block)
     # One switch is for both of its transformers; timm's towers and transformers' do not heed it.
     wanted = text.hidden_act == "quick_gelu" if text.model_type in NATIVE else quick
-    plain_gelu = isinstance(block.mlp.act, nn.GELU) and getattr(block.mlp.act, "approximate", "none") == "none"
+    # torch's, or timm's of the same name, which has no attributes.
+    plain_gelu = type(block.mlp.act).__name__ == "GELU" and getattr(block.mlp.act, "approximate", "none") == "none"
     if quick != wanted or not (quick or plain_gelu) or abs(block.norm1.eps - 1e-5) > 1e-9:
         return None
     weights = named_as_vision(tower.state_dict())

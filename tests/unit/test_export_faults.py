@@ -95,8 +95,11 @@ DISTILBERT = {
 }
 OF_OPEN_CLIP: dict[str, tuple[Callable[[], Any], str]] = {
     "classifier": (classifier, "found a classifier, expected a dual encoder"),
-    "mlp and layer norm": (lambda: encoder(None, **MLP), "projection.kind=mlp .*; model.projection.layer_norm=true"),
-    "bias": (lambda: encoder(projection={"bias": True}), "bias=true behind a text tower"),
+    "mlp and layer norm": (
+        lambda: encoder(None, **MLP),
+        "layer_norm=true; an mlp projection of images with hidden=32 .it has 64.",
+    ),
+    "bias": (lambda: encoder(projection={"bias": True}), "biases behind a text tower"),
     "max of bert": (lambda: encoder(text={"pooling": "max"}), "pooling=max of a text tower"),
     "distilbert": (lambda: encoder(text=DISTILBERT), "a text tower of type distilbert"),
     "mean of CLIP": (lambda: encoder(CLIP, text={"pooling": "mean"}), "pooling=mean of a text tower of CLIP"),

@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 
 from clipdist.errors import UserError
 from clipdist.model.build import build_model, build_tokenizer
-from clipdist.model.dual_encoder import ModelConfig
+from clipdist.model.dual_encoder import ModelConfig, ProjectionConfig, projection
 from clipdist.model.published import describe, start_from
 from clipdist.model.saved import SavedModel
 from clipdist.publish.export import onnx_folder
@@ -317,6 +317,29 @@ def test_the_tower_of_a_classifier(tmp_path: Path) -> None:
     pixels = torch.stack([saved.preprocess(one) for one in pictures()])
     with torch.inference_mode():
         close(normalize(tower(saved.model.image.normalise(pixels)), dim=1), saved.encode_image(pictures()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("to", ["open_clip", "huggingface"])
+def test_projections_that_differ(to: str, tmp_path: Path) -> None:
+    """Both are as open_clip has them; the comparison is that of the export itself."""
+    saved = encoder()
+    width_in, width = saved.model.image.width, saved.model.config.width
+    saved.model.image_projection = projection(ProjectionConfig(kind="mlp", hidden=2 * width), width_in, width)
+    between = (saved.model.text.width + width) // 2
+    saved.model.text_projection = projection(
+        ProjectionConfig(kind="mlp", hidden=between), saved.model.text.width, width
+    )
+    for layer in saved.model.text_projection:
+        if isinstance(layer, torch.nn.Linear):
+            layer.bias.zero_()
+    folder, report = out_of(saved, to, tmp_path)
+    assert report["checked"]["image_max_difference"] < 1e-5
+    if to == "open_clip":
+        config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+        assert (config["vision_cfg"]["timm_proj"], config["text_cfg"]["hf_proj_type"]) == ("mlp", "mlp")
+    saved.model.text_projection = projection(ProjectionConfig(kind="linear"), saved.model.text.width, width)
+    out_of(saved, to, tmp_path / "again")
 
 
 @pytest.mark.parametrize("name", OPEN_CLIP_SOURCES)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipdist.data.images.decode import decode_rgb
 from clipdist.data.shards import BadSample, ShardSet
@@ -183,6 +183,37 @@ def _grey_levels(expected: Tensor, found: Tensor, std: Sequence[float] | None) -
     scale = torch.ones(3) if std is None else torch.tensor(std) * 255
     levels = (found.float() - expected.float()).abs() * scale.view(1, 3, 1, 1)
     return {"grey_levels_mean": float(levels.mean()), "grey_levels_max": float(levels.max())}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What stands between a tower and the joint embedding, read off its layers."""
+
+    linear: list[nn.Linear]
+    """One, or two with a GELU between them."""
+    layer_norm: bool
+
+    @property
+    def biases(self) -> list[bool]:
+        """Which of the linear layers add anything."""
+        return [layer.bias is not None and bool(layer.bias.any()) for layer in self.linear]
+
+    @property
+    def hidden(self) -> int:
+        """Width between two layers; 0 of a single one."""
+        return self.linear[0].out_features if len(self.linear) == 2 else 0
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """As `ClipdistConfig` has it."""
+        kind, bias = ("mlp" if self.hidden else "linear"), self.linear[-1].bias is not None
+        return {"kind": kind, "hidden": self.hidden, "layer_norm": self.layer_norm, "bias": bias}
+
+
+def projection_of(layers: nn.Sequential) -> Projection:
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    assert 1 <= len(linear) <= 2
+    return Projection(linear, any(isinstance(layer, nn.LayerNorm) for layer in layers))
 
 
 def travelling_tokenizer(saved: SavedModel) -> Any:

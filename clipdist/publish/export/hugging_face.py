@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipdist.model.saved import Saved, SavedModel, plain
-from clipdist.publish.export.exporting import PIXELS, SHIPPED, Asked, Foreign, Own, travelling_tokenizer
+from clipdist.publish.export.exporting import PIXELS, SHIPPED, Asked, Foreign, Own, projection_of, travelling_tokenizer
 from clipdist.publish.export.tower_folders import classifier_folder, embeddings_of, load_classifier_folder
 from clipdist.publish.export.tower_folders import usage as classifier_usage
 
@@ -39,13 +39,12 @@ def is_plain(saved: SavedModel) -> bool:
     """Whether `VisionTextDualEncoderModel` computes the same: its text features are the tower's own pooled output, its
     projections are linear without bias, and it has no logit bias."""
     config, text = saved.model.config, saved.model.text
-    how = config.projection
+    projections = [projection_of(layers) for layers in (saved.model.image_projection, saved.model.text_projection)]
     return (
         text.hf_config.model_type == "clip_text_model"
         and text.pooling == "last"
         and not config.text.fills
-        and how.kind == "linear"
-        and not (how.layer_norm or how.bias)
+        and not any(one.hidden or one.layer_norm or any(one.biases) for one in projections)
         and saved.model.temperature.bias is None
         and _pools_at(text.hf_config) == _end_token(saved)
     )
@@ -117,12 +116,12 @@ def _made(saved: SavedModel) -> Any:
         return transformers.VisionTextDualEncoderModel(whole)
     from clipdist.publish.export.shipped.modeling_clipdist import ClipdistConfig, ClipdistModel
 
-    how = config.projection
     own = ClipdistConfig(
         vision_config=vision.to_dict(),
         text_config=shape,
         projection_dim=config.width,
-        projection={"kind": how.kind, "hidden": how.hidden, "layer_norm": how.layer_norm, "bias": how.bias},
+        projection=projection_of(saved.model.image_projection).words,
+        text_projection=projection_of(saved.model.text_projection).words,
         pooling=text.pooling,
         max_tokens=config.text.max_tokens,
         fills=config.text.fills,
@@ -140,7 +139,7 @@ def _weights(saved: SavedModel) -> dict[str, Tensor]:
         "logit_scale": model.temperature.log_scale.reshape(()),
     }
     for name, layers in (("visual", model.image_projection), ("text", model.text_projection)):
-        state = layers[-1].state_dict() if is_plain(saved) else layers.state_dict()
+        state = {"weight": layers[-1].weight} if is_plain(saved) else layers.state_dict()
         found |= {f"{name}_projection.{key}": value for key, value in state.items()}
     if model.temperature.bias is not None:
         found["logit_bias"] = model.temperature.bias.reshape(())

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.layers import QuickGELU
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipdist.errors import UserError
 from clipdist.model.saved import Saved, SavedModel, plain
@@ -28,6 +28,7 @@ from clipdist.publish.export.exporting import (
     Foreign,
     Own,
     missing_package,
+    projection_of,
     travelling_tokenizer,
 )
 from clipdist.publish.export.open_clip_names import named_as_text, named_as_vision
@@ -54,13 +55,9 @@ def check(saved: Saved, asked: Asked) -> None:
 
 
 def _reasons(saved: SavedModel) -> list[str]:
-    how, text = saved.model.config.projection, saved.model.text
+    text = saved.model.text
     kind = text.hf_config.model_type
-    reasons = []
-    if how.kind == "mlp":
-        reasons.append("model.projection.kind=mlp (its own has no biases in the text tower)")
-    if how.layer_norm:
-        reasons.append("model.projection.layer_norm=true")
+    reasons = _reasons_of_projections(saved)
     if kind in NATIVE:
         reasons += _reasons_of_native(saved, kind)
     elif kind not in HUGGING_FACE:
@@ -68,8 +65,6 @@ def _reasons(saved: SavedModel) -> list[str]:
     else:
         if text.pooling not in POOLERS:
             reasons.append(f"model.text.pooling={text.pooling} of a text tower of transformers (it has mean and cls)")
-        if how.bias:
-            reasons.append("model.projection.bias=true behind a text tower of transformers")
         if saved.model.config.text.fills:
             reasons.append("model.text.padding=max_tokens of a text tower of transformers")
         if text.hf_config.pad_token_id != saved.tokenizer.pad_id or _end(saved) == saved.tokenizer.pad_id:
@@ -79,6 +74,26 @@ def _reasons(saved: SavedModel) -> list[str]:
     options = set(saved.model.image.arguments) - TIMM_WORDS
     if options and _native_vision(saved) is None:
         reasons.append(f"options of timm ({', '.join(sorted(options))}) for {saved.model.config.image.name}")
+    return reasons
+
+
+def _reasons_of_projections(saved: SavedModel) -> list[str]:
+    image, text = projection_of(saved.model.image_projection), projection_of(saved.model.text_projection)
+    width, reasons = saved.model.config.width, []
+    if image.layer_norm or text.layer_norm:
+        reasons.append("a projection with layer_norm=true")
+    if image.hidden not in (0, 2 * width):
+        reasons.append(f"an mlp projection of images with hidden={image.hidden} (it has {2 * width})")
+    if saved.model.text.hf_config.model_type in NATIVE:
+        if text.hidden:
+            reasons.append("an mlp projection behind a text tower of CLIP or SigLIP")
+        return reasons
+    if any(text.biases):
+        reasons.append("a projection with biases behind a text tower of transformers")
+    if text.hidden not in (0, (saved.model.text.width + width) // 2):
+        reasons.append(
+            f"an mlp projection of texts with hidden={text.hidden} (it has {(saved.model.text.width + width) // 2})"
+        )
     return reasons
 
 
@@ -105,7 +120,8 @@ def _native_vision(saved: SavedModel) -> tuple[dict[str, Any], dict[str, Tensor]
     text = saved.model.text.hf_config
     if not isinstance(tower, VisionTransformer) or tower.global_pool != "token":
         return None
-    if saved.model.config.projection.bias or saved.model.config.projection.kind != "linear":
+    projection = projection_of(saved.model.image_projection)
+    if projection.hidden or any(projection.biases):
         return None
     block = _first_block(saved)
     quick = _is_quick(block)
@@ -128,8 +144,7 @@ def _native_vision(saved: SavedModel) -> tuple[dict[str, Any], dict[str, Tensor]
         "mlp_ratio": _ratio(hidden, width),
         "patch_size": weights["conv1.weight"].shape[-1],
     }
-    (projection,) = [layer.weight for layer in saved.model.image_projection if isinstance(layer, nn.Linear)]
-    return shape, {**weights, "proj": projection.T}
+    return shape, {**weights, "proj": projection.linear[0].weight.T}
 
 
 def _ratio(hidden: int, width: int) -> float:
@@ -138,22 +153,26 @@ def _ratio(hidden: int, width: int) -> float:
 
 
 def _timm_vision(saved: SavedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    tower = saved.model.image
-    linear: Any = saved.model.image_projection[-1]
-    shape = {
+    tower, projection = saved.model.image, projection_of(saved.model.image_projection)
+    last = projection.linear[-1]
+    shape: dict[str, Any] = {
         "image_size": tower.side,
         "timm_model_name": saved.model.config.image.name.partition(":")[2],
         "timm_model_pretrained": False,
         "timm_pool": tower.arguments.get("global_pool", ""),
-        "timm_proj": "linear",
+        "timm_proj": "mlp" if projection.hidden else "linear",
     }
     weights = {f"trunk.{key}": value for key, value in tower.model.state_dict().items()}
-    if linear.bias is not None:
-        if torch.equal(linear.weight, torch.eye(*linear.weight.shape)) and not linear.bias.any():
-            return {**shape, "timm_proj": "none"}, weights  # SigLIP's
+    if projection.biases[-1]:
         shape["timm_proj_bias"] = True
-        weights["head.proj.bias"] = linear.bias
-    return shape, {**weights, "head.proj.weight": linear.weight}
+    elif not projection.hidden and torch.equal(last.weight, torch.eye(*last.weight.shape)):
+        return {**shape, "timm_proj": "none"}, weights  # SigLIP's
+    names = ["head.mlp.fc1", "head.mlp.fc2"] if projection.hidden else ["head.proj"]
+    for name, layer in zip(names, projection.linear, strict=True):
+        weights[f"{name}.weight"] = layer.weight
+        if name == "head.mlp.fc1" or projection.biases[-1]:
+            weights[f"{name}.bias"] = layer.bias
+    return shape, weights
 
 
 def _native_text(saved: SavedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -184,19 +203,19 @@ def _native_text(saved: SavedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _hugging_face_text(saved: SavedModel, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    text = saved.model.text
+    text, projection = saved.model.text, projection_of(saved.model.text_projection)
     shape = {
         "context_length": saved.model.config.text.max_tokens,
         "hf_model_name": str(folder.absolute()),
         "hf_model_pretrained": False,
-        "hf_proj_type": "linear",
+        "hf_proj_type": "mlp" if len(projection.linear) == 2 else "linear",
         "hf_pooler_type": POOLERS[text.pooling],
     }
     # The tower's own pooling head, which nothing here reads, is left out there.
     tower = {key: value for key, value in text.model.state_dict().items() if not key.startswith("pooler.")}
     weights = {f"transformer.{key}": value for key, value in tower.items()}
-    linear: Any = saved.model.text_projection[-1]
-    return shape, {**weights, "proj.weight": linear.weight}
+    names = ["proj.0.weight", "proj.2.weight"] if len(projection.linear) == 2 else ["proj.weight"]
+    return shape, weights | {name: layer.weight for name, layer in zip(names, projection.linear, strict=True)}
 
 
 def write(saved: Saved, folder: Path, asked: Asked) -> None:

@@ -36,6 +36,7 @@ class ClipdistConfig(PretrainedConfig):  # type: ignore[misc]
         text_config: dict[str, Any] | None = None,
         projection_dim: int = 512,
         projection: dict[str, Any] | None = None,
+        text_projection: dict[str, Any] | None = None,
         pooling: str = "mean",
         max_tokens: int = 77,
         fills: bool = False,
@@ -43,14 +44,15 @@ class ClipdistConfig(PretrainedConfig):  # type: ignore[misc]
         logit_scale_init_value: float = 2.6592,
         **kwargs: Any,
     ) -> None:
-        """`projection`: kind (linear or mlp), hidden, layer_norm, bias. `pooling`: mean, cls, last or max over a
-        caption's tokens. `fills`: every caption is filled up to `max_tokens`, and what fills counts as text. `biased`:
-        there is a logit bias."""
+        """`projection`, of images, and `text_projection`: kind (linear or mlp), hidden, layer_norm, bias. `pooling`:
+        mean, cls, last or max over a caption's tokens. `fills`: every caption is filled up to `max_tokens`, and what
+        fills counts as text. `biased`: there is a logit bias."""
         vision, text = dict(vision_config or {}), dict(text_config or {})
         vision.pop("model_type", None)
         self.vision_config = TimmWrapperConfig(**vision)
         self.text_config = CONFIG_MAPPING[text.pop("model_type", "bert")](**text)
         self.projection_dim, self.projection = projection_dim, projection or {"kind": "linear"}
+        self.text_projection = text_projection or {"kind": "linear"}
         self.pooling, self.max_tokens, self.fills, self.biased = pooling, max_tokens, fills, biased
         self.logit_scale_init_value = logit_scale_init_value
         super().__init__(**kwargs)
@@ -79,7 +81,7 @@ class ClipdistModel(PreTrainedModel):  # type: ignore[misc]
         self.vision_model = TimmWrapperModel(vision)
         self.text_model = _encoder(text)
         self.visual_projection = _projection(config.projection, vision.hidden_size, config.projection_dim)
-        self.text_projection = _projection(config.projection, text.hidden_size, config.projection_dim)
+        self.text_projection = _projection(config.text_projection, text.hidden_size, config.projection_dim)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.logit_bias = nn.Parameter(torch.zeros(())) if config.biased else None
         self.post_init()

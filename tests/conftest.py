@@ -1,11 +1,14 @@
 """Shared by all tests: a small shard set of coloured shapes, and a recipe that trains on it in seconds."""
 
+import atexit
 import io
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +22,8 @@ from PIL import Image, ImageDraw
 
 # Ranks and loader workers inherit these: several threads each would fight over the cores.
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
+# There transformers copies code that travels with a model before it loads it: a place for each process of the tests.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="clipdist-tests-")
 
 import torch
 
@@ -26,6 +31,7 @@ from clipdist.data.sets.writer import ShardSetWriter
 from clipdist.train.signals import STOP_SIGNALS
 
 torch.set_num_threads(1)
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "black", "cyan"]
 SHAPES = ["square", "circle", "triangle", "cross", "bar"]

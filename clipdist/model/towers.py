@@ -118,7 +118,7 @@ class ImageTower(nn.Module):
         if kind != "timm":
             raise UserError(f"model.image.name={config.name!r}: expected timm:<model>")
         from_hub = config.pretrained is True and load_pretrained
-        self.model = _create_timm(name, config, from_hub)
+        self.model, self.arguments = _create_timm(name, config, from_hub)
         if isinstance(config.pretrained, str) and load_pretrained:
             _load_weights(self.model, resolve(config.pretrained))
         if config.checkpoint_activations:
@@ -164,7 +164,8 @@ class ImageTower(nn.Module):
         return [[f"model.{name}" for name in names] for _, names in sorted(grouped.items())]
 
 
-def _create_timm(name: str, config: ImageTowerConfig, pretrained: bool) -> nn.Module:
+def _create_timm(name: str, config: ImageTowerConfig, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, and what `timm.create_model` needs to make another of its shape."""
     if name not in timm.list_models() and name not in timm.list_pretrained():
         near = timm.list_models(f"*{name.split('_')[0]}*")[:8]
         raise UserError(f"model.image.name: timm has no model {name!r}; near: {', '.join(near) or 'none'}")
@@ -173,14 +174,14 @@ def _create_timm(name: str, config: ImageTowerConfig, pretrained: bool) -> nn.Mo
         options["patch_drop_rate"] = config.patch_dropout
     try:
         # Transformers need the side when they are built, convolutional towers refuse to hear of it.
-        return timm.create_model(name, img_size=config.side, **options)
+        return timm.create_model(name, img_size=config.side, **options), {**config.options, "img_size": config.side}
     except TypeError as error:
         if "img_size" not in str(error):
             raise _wrong_options(name, error) from None
     except (OSError, RuntimeError) as error:
         raise _not_created(name, config, error) from None
     try:
-        return timm.create_model(name, **options)
+        return timm.create_model(name, **options), dict(config.options)
     except TypeError as error:
         raise _wrong_options(name, error) from None
     except (OSError, RuntimeError) as error:

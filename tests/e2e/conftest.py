@@ -109,6 +109,8 @@ def opened(chromium: Any, served: str) -> Iterator[Opening]:
 
     yield open_page
     titles = [page.title() for page in pages]
+    for page in pages:
+        page.unroute_all(behavior="ignoreErrors")
     for context in contexts:
         context.close()
     assert not faults

@@ -190,10 +190,11 @@ def test_the_place_in_the_queue_shows_and_a_request_can_be_cancelled(opened: Ope
     asked = len(tickets["asked"])
     page.wait_for_timeout(900)
     assert len(tickets["asked"]) <= asked + 1  # one may have been on its way
-    expect(page.locator(".failed")).to_have_count(0)
+    expect(page.locator(".stopped")).to_contain_text("Cancelled.")
     page.unroute("**/api/image")
-    put(page)
+    page.click(".stopped button")
     page.wait_for_selector(".bars")
+    expect(page.locator(".stopped")).to_have_count(0)
 
 
 def test_a_busy_service_is_asked_again_after_the_time_it_named(opened: Opening) -> None:
@@ -312,7 +313,7 @@ def test_a_batch_that_failed_goes_on_where_it_was(opened: Opening) -> None:
     expect(page.locator("#batch .failed")).to_contain_text("something went wrong here")
     expect(page.locator("#batch-count")).to_have_text("2 of 5 pictures done, stopped")
     expect(page.locator("#batch-download")).to_be_visible()  # what is there is there
-    page.click("#batch-go-on")
+    page.click("#batch .failed >> text=Go on")
     expect(page.locator("#batch-count")).to_have_text("5 of 5 pictures done")
     assert seen == [2, 2, 2, 1]
     assert page.locator("#batch-result tbody tr").count() == 5
@@ -350,9 +351,8 @@ def test_a_sentence_finds_pictures_of_which_one_becomes_the_query(opened: Openin
     page.keyboard.press("Enter")
     images = page.locator("#sentence-result .hit img")
     expect(images).to_have_count(3)
-    page.wait_for_function(
-        "[...document.querySelectorAll('#sentence-result .hit img')].every(one => one.naturalWidth > 0)"
-    )
+    for image in images.all():
+        expect(image).to_have_js_property("naturalWidth", 40)
     expect(page.locator("#sentence-result .hit .words").first).to_have_text(HITS[0]["text"])
     expect(page.locator("#sentence-result .hit .key").first).to_have_text(HITS[0]["key"])
     assert page.locator("#sentence-result .hit .value").all_inner_texts() == ["0.900", "0.800", "0.700"]

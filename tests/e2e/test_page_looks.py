@@ -60,17 +60,17 @@ def test_text_is_legible_and_fits_a_phone(opened: Opening, scheme: str) -> None:
     page.wait_for_selector(".bars")
     page.locator(".bars button").first.click()
     page.wait_for_selector("#map-work .failed")
-    page.evaluate("location.hash = 'batch'")
+    page.evaluate("location.hash = '/batch'")
     page.set_input_files(
         "#batch-files", [SQUARE, {**SQUARE, "name": "a-name-as-long-as-cameras-and-scanners-give.png"}]
     )
     page.wait_for_selector("#batch-download:visible")
-    page.evaluate("location.hash = 'sentence'")
+    page.evaluate("location.hash = '/sentence'")
     page.fill("#sentence-text", "a blue circle")
     page.keyboard.press("Enter")
     page.wait_for_selector("#sentence-result .hit")
     for name in ("picture", "sentence", "batch", "model"):
-        page.evaluate("name => { location.hash = name; }", name)
+        page.evaluate("name => { location.hash = `/${name}`; }", name)
         page.wait_for_selector(f"#{name}:not([hidden])")
         assert not page.evaluate(FAINT)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name

@@ -16,7 +16,6 @@ const work = new Work(byId("batch-work"));
 
 export function startBatch(about) {
   limits = about.limits;
-  byId("batch-go-on").addEventListener("click", goOn);
   byId("batch-drop").addEventListener("click", () => byId("batch-files").click());
   byId("batch-files").addEventListener("change", ({ target }) => {
     if (target.files.length) newBatch([...target.files]);
@@ -53,7 +52,7 @@ async function goOn() {
     const taken = await work.run(async (send) => {
       take(await (await send("/api/batch", { body: form({ images: some }) })).text());
       return true;
-    }, goOn);
+    }, goOn, "Go on");
     if (files !== batch) return; // another batch came
     if (!taken) return showState("stopped");
     done += some.length;
@@ -75,7 +74,6 @@ function showState(state) {
   Object.assign(byId("batch-progress"), { max: files.length, value: done });
   const stopped = state === "stopped" ? ", stopped" : "";
   byId("batch-count").textContent = `${count(done)} of ${count(files.length)} pictures done${stopped}`;
-  byId("batch-go-on").hidden = !stopped;
   const download = byId("batch-download");
   download.hidden = !header || state === "running";
   URL.revokeObjectURL(download.href);

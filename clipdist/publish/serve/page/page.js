@@ -10,7 +10,8 @@ import { request } from "./service.js";
 const TABS = ["picture", "sentence", "batch", "model"];
 const ASK_AGAIN_MS = 2000;
 
-const current = () => (TABS.includes(location.hash.slice(1)) ? location.hash.slice(1) : TABS[0]);
+// The slash keeps the browser from scrolling to the element of that name, and from taking the focus from the tab.
+const current = () => TABS.find((name) => location.hash === `#/${name}`) ?? TABS[0];
 
 function showTab() {
   for (const name of TABS) {
@@ -23,12 +24,12 @@ function showTab() {
 
 function startTabs() {
   for (const [at, name] of TABS.entries()) {
-    byId(`tab-${name}`).addEventListener("click", () => { location.hash = name; });
+    byId(`tab-${name}`).addEventListener("click", () => { location.hash = `/${name}`; });
     byId(`tab-${name}`).addEventListener("keydown", (event) => {
       const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: -1 }[event.key];
       if (to === undefined) return;
       event.preventDefault();
-      location.hash = TABS.at(to % TABS.length);
+      location.hash = `/${TABS.at(to % TABS.length)}`;
       byId(`tab-${current()}`).focus();
     });
   }
@@ -38,7 +39,7 @@ function startTabs() {
 
 function take(given) {
   const many = given.length > 1 || current() === "batch";
-  location.hash = many ? "batch" : "picture";
+  location.hash = many ? "/batch" : "/picture";
   if (many) newBatch(given);
   else showPicture(given[0]);
 }

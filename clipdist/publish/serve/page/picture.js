@@ -80,6 +80,7 @@ async function analyse() {
   const together = answer.batched_with > 1 ? `, in a batch of ${answer.batched_with}` : "";
   const took = el("p", { class: "timing" }, `${(1000 * answer.seconds).toFixed(0)} ms${together}`);
   byId("picture-result").replaceChildren(...cards.filter(Boolean), took);
+  byId("picture-result").firstChild.scrollIntoView({ block: "nearest" }); // below the picture on a phone
   const [best] = answer.classes;
   announce(best ? `Done: ${best.title}, ${percent(best.probability)}` : "Done");
 }
@@ -143,7 +144,7 @@ function hitButton(hit) {
 }
 
 async function useHit(hit, source) {
-  location.hash = "picture";
+  location.hash = "/picture";
   scrollTo(0, 0);
   const get = async (send) => (await send(source, { method: "GET" })).blob();
   const blob = await work.run(get, () => useHit(hit, source));
@@ -193,7 +194,7 @@ async function showMap(label, text, button) {
   byId("overlay").alt = `Relevance map for ${label}`;
   byId("map-controls").hidden = false;
   drawMap();
-  byId("view").scrollIntoView({ block: "nearest", behavior: "smooth" });
+  byId("view").scrollIntoView({ block: "nearest" });
   announce(`The map for ${label} lies over the picture.`);
 }
 

@@ -49,34 +49,34 @@ export class Work {
     this.place.replaceChildren();
   }
 
-  // What `call(send)` gives, `send(path, options)` being a request. Undefined when it failed, which the page then says,
-  // with a button that calls `again`; and when it was cancelled, or followed by another.
-  async run(call, again) {
+  // What `call(send)` gives, `send(path, options)` being a request. Undefined when it failed or was cancelled, which
+  // the page then says, with a button that calls `again`; and when another followed.
+  async run(call, again, label = "Try again") {
     this.cancel();
     const { signal } = (this.#controller = new AbortController());
     const ticket = newTicket();
-    const shown = this.#waiting(ticket, signal);
+    const shown = this.#waiting(ticket, signal, () => this.#say("stopped", "Cancelled.", again, label));
     const send = (path, { headers, ...options } = {}) =>
       request(path, { method: "POST", ...options, signal, headers: { "X-Ticket": ticket, ...headers } });
     try {
       const answer = await call(send);
       return signal.aborted ? undefined : answer;
     } catch (error) {
-      if (!signal.aborted) this.fail(error, again);
+      if (!signal.aborted) this.fail(error, again, label);
       return undefined;
     } finally {
       shown.end();
     }
   }
 
-  #waiting(ticket, signal) {
+  #waiting(ticket, signal, stopped) {
     const words = el("span", { role: "status" }, "Sending …");
-    const cancel = el("button", { class: "small", click: () => this.cancel() }, "Cancel");
+    const cancel = el("button", { class: "small", click: () => { this.cancel(); stopped(); } }, "Cancel");
     const spinner = el("span", { class: "spinner", "aria-hidden": "true" });
     const shown = el("div", { class: "card pad waiting" }, spinner, words, cancel);
     let timer = 0;
     const poll = async () => {
-      if (!shown.isConnected) this.place.replaceChildren(shown);
+      if (!shown.isConnected) this.#show(shown);
       const answer = await request(`/api/queue/${ticket}`, { signal }).then((response) => response.json(), () => null);
       const position = answer?.position; // without an answer, the request itself will say what is wrong
       const said = position == null ? "Working …" : `Waiting: number ${position} in the queue`;
@@ -92,12 +92,21 @@ export class Work {
     return { end };
   }
 
-  fail(error, again, label = "Try again") {
+  #show(state) {
+    this.place.replaceChildren(state);
+    state.scrollIntoView({ block: "nearest" });
+  }
+
+  fail(error, again, label) {
     if (!(error instanceof ServiceError)) console.error(error);
     const words = error instanceof ServiceError ? error.message : "This page could not make sense of the answer.";
+    this.#say("failed", words, again, label, error.retrySeconds);
+  }
+
+  #say(kind, words, again, label, seconds = 0) {
     const button = again && el("button", { class: "small", click: () => again() }, label);
-    this.place.replaceChildren(el("div", { class: "card pad failed", role: "alert" }, el("p", {}, words), button));
-    if (button && error.retrySeconds) countDown(button, label, error.retrySeconds);
+    this.#show(el("div", { class: `card pad ${kind}`, role: "alert" }, el("p", {}, words), button));
+    if (button && seconds) countDown(button, label, seconds);
   }
 }
 

@@ -28,8 +28,6 @@ LIMITS = {
     "timeout_seconds": "seconds from the head of a request to its whole answer (60)",
     "body_seconds": "seconds that a request may take to arrive (30)",
 }
-HEAD_SECONDS = 10.0
-SHUTDOWN_SECONDS = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,13 +72,13 @@ def run(args: argparse.Namespace) -> int:
         import fastapi  # noqa: F401
         import multipart  # noqa: F401
         import prometheus_client  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f'{error.name} is missing; run: pip install "clipdist[serve]"') from None
 
     from clipdist.publish.serve.app import LOOPBACK_NAMES, make_app
     from clipdist.publish.serve.limits import Limits
-    from clipdist.publish.serve.protocol import bounded_protocol
+    from clipdist.publish.serve.server import server_of
     from clipdist.publish.serve.setup import prepare
 
     given = {name: getattr(args, name) for name in LIMITS if getattr(args, name) is not None}
@@ -90,21 +88,11 @@ def run(args: argparse.Namespace) -> int:
     local = ipaddress.ip_address(listening.getsockname()[0]).is_loopback
     names = {*LOOPBACK_NAMES, args.host.lower(), *(name.lower() for name in args.allow_host)}
     app = make_app(service, hosts=frozenset(names) if local or args.allow_host else None)
-    config = uvicorn.Config(
-        app,
-        http=bounded_protocol(service.metrics, max_connections=limits.max_connections, head_seconds=HEAD_SECONDS),
-        ws="none",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-    )
     announce(args, listening, service, local)
     # After its graceful end uvicorn raises the signal once more, for whoever handled it before.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        server_of(app).run(sockets=[listening])
     except KeyboardInterrupt:
         pass
     finally:

@@ -16,7 +16,7 @@ Compute = Callable[[Hashable, Sequence[Any]], Sequence[Any]]
 """(kind, items of that kind) -> what became of each, in order."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     kind: Hashable
     item: Any
@@ -33,8 +33,7 @@ class Batcher:
     """Runs `compute` on a thread of its own: the oldest job and up to `max_batch` jobs of its kind, in one call.
 
     While fewer are there it waits, at most `max_wait_seconds` after the oldest came, and only as long as `coming()`
-    says that more are on their way. Jobs of the kind `alone` are never put together. A job whose future is cancelled is
-    dropped.
+    says that more are on their way. Jobs of the kind `alone` are never put together.
     """
 
     def __init__(
@@ -69,7 +68,13 @@ class Batcher:
                 raise Stopped
             self._jobs.append(job)
             self._changed.notify()
-        made: tuple[Any, int] = await asyncio.wrap_future(job.future)
+        try:
+            made: tuple[Any, int] = await asyncio.wrap_future(job.future)
+        except asyncio.CancelledError:
+            with self._changed:
+                if job in self._jobs:
+                    self._jobs.remove(job)
+            raise
         return made
 
     def position(self, ticket: str) -> int | None:
@@ -135,6 +140,8 @@ class Batcher:
                 if self._stopping:
                     return []
                 self._wait_for_more()
+                if not self._jobs:  # all have given up
+                    continue
                 kind = self._jobs[0].kind
                 most = 1 if kind == self._alone else self.max_batch
                 taken: list[Job] = []

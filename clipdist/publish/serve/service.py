@@ -53,7 +53,6 @@ class Service:
         self.admission = Admission(limits.max_queue)
         self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
         self._words: OrderedDict[tuple[str, ...], np.ndarray] = OrderedDict()
-        self._own_map = about.pop("relevance", True) and importlib.util.find_spec(RELEVANCE) is not None
         self.about = schema.About(
             **about,
             kind="dual_encoder" if engine.texts else "classifier",
@@ -63,7 +62,7 @@ class Service:
             gallery=schema.GalleryAbout(rows=engine.gallery.rows) if engine.gallery is not None else None,
             captions=len(engine.captions),
             limits=schema.LimitsAbout(**{name: getattr(limits, name) for name in schema.LimitsAbout.model_fields}),
-            relevance=self._own_map,
+            relevance=self.maps,
             version=__version__,
         )
         self.batcher = Batcher(
@@ -77,6 +76,11 @@ class Service:
         )
         self.metrics.queue.set_function(lambda: len(self.batcher))
         self.metrics.inside.set_function(lambda: self.admission.inside)
+
+    @property
+    def maps(self) -> bool:
+        """Whether relevance maps can be drawn; of some towers it shows only when one is asked for."""
+        return importlib.util.find_spec(RELEVANCE) is not None
 
     def close(self) -> None:
         self.batcher.close()
@@ -124,7 +128,7 @@ class Service:
     async def relevance(self, data: bytes, text: str, ticket: str | None) -> bytes:
         """A PNG. Raises `Refused`."""
         self.check_text(text)
-        if not self._own_map:
+        if not self.maps:
             raise Refused(501, "no relevance map can be drawn for this model")
         names = {one.name: one.title for one in self.classes}
         if not self.engine.texts and text not in names:

@@ -1,12 +1,34 @@
-"""The HTTP server's connections: how many there may be, and how long one may take to say what it wants."""
+"""The HTTP server: how many connections there may be, how long one may take to say what it wants, and how all ends."""
 
 import asyncio
 import json
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from clipdist.publish.serve.limits import Guard
 from clipdist.publish.serve.metrics import Metrics
+
+HEAD_SECONDS = 10.0
+SHUTDOWN_SECONDS = 20
+
+
+def server_of(app: Guard, head_seconds: float = HEAD_SECONDS) -> uvicorn.Server:
+    """On SIGTERM or Ctrl-C it takes no more connections, and answers what it has let in, for `SHUTDOWN_SECONDS`."""
+    protocol = bounded_protocol(app.metrics, max_connections=app.limits.max_connections, head_seconds=head_seconds)
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=protocol,
+            ws="none",
+            log_config=None,
+            access_log=False,  # it would tell who asked for what
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        )
+    )
 
 
 def bounded_protocol(metrics: Metrics, *, max_connections: int, head_seconds: float) -> type[asyncio.Protocol]:

@@ -78,6 +78,16 @@ def test_the_classes_beyond_those_shown_have_a_bar(opened: Opening) -> None:
     expect(page.locator(".timing")).to_contain_text("in a batch of 2")
 
 
+def test_a_service_without_classes_says_how_to_name_some(opened: Opening) -> None:
+    page = opened(about={"classes": []})
+    expect(page.locator("#picture-result")).to_contain_text("the classes that you name")
+    expect(page.locator("#picture-result")).not_to_contain_text("its classes", use_inner_text=True)
+    answer = {"classes": [], "captions": [], "neighbours": [], "seconds": 0.01, "batched_with": 1}
+    page.route("**/api/image", lambda route: route.fulfill(json=answer))
+    put(page)
+    expect(page.locator("#picture-result")).to_contain_text("Name some under “Your own classes”")
+
+
 def test_pasted_with_the_keyboard(opened: Opening, served: str) -> None:
     page = opened(permissions=["clipboard-read", "clipboard-write"])
     page.evaluate(

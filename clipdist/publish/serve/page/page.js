@@ -68,7 +68,7 @@ AS.megapixels = (pixels) => `${count(pixels / 1e6)} megapixels`;
 
 // Puts what the service says about itself where the page has places for it, and hides what needs what is not there.
 function fill(about) {
-  const has = (name) => (name === "text" ? about.kind === "dual_encoder" : Boolean(about[name]));
+  const has = (name) => (name === "text" ? about.kind === "dual_encoder" : Boolean(about[name]?.length ?? about[name]));
   for (const place of document.querySelectorAll("[data-fill]")) {
     const value = place.dataset.fill.split(".").reduce((inner, name) => inner?.[name], about);
     place.textContent = value ? (AS[place.dataset.as] ?? String)(value) : "none";

@@ -86,7 +86,7 @@ async function analyse() {
 }
 
 function classCard(classes) {
-  if (!classes.length) return null;
+  if (!classes.length) return card("Classes", null, hint("There are none. Name some under “Your own classes”."));
   const rows = classes.map(({ name, title, probability }) => chooser(classParts(title, probability), title, name));
   const rest = 1 - classes.reduce((sum, one) => sum + one.probability, 0);
   if (rest > 0.0005) rows.push(el("li", { class: "row rest" }, classParts("all other classes", rest)));

@@ -392,7 +392,7 @@ def test_a_sentence_needs_a_gallery_and_has_a_limit(opened: Opening) -> None:
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (80, 40)], ids=["square", "wide"])
-def test_a_class_shows_where_the_model_looked(opened: Opening, shape: tuple[int, int]) -> None:
+def test_a_class_shows_what_in_the_picture_speaks_for_it(opened: Opening, shape: tuple[int, int]) -> None:
     page = with_gallery(opened)
     asked = []
 

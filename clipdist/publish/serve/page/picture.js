@@ -1,4 +1,4 @@
-// One picture: its classes, the captions that fit, where the model looked, its neighbours in the gallery.
+// One picture: its classes, the captions that fit, what in it speaks for them, its neighbours in the gallery.
 
 import { announce, byId, bytes, card, complain, count, el, hint, icon, percent, score } from "./dom.js";
 import { form, ServiceError, Work } from "./service.js";
@@ -90,7 +90,7 @@ function classCard(classes) {
   const rows = classes.map(({ name, title, probability }) => chooser(classParts(title, probability), title, name));
   const rest = 1 - classes.reduce((sum, one) => sum + one.probability, 0);
   if (rest > 0.0005) rows.push(el("li", { class: "row rest" }, classParts("all other classes", rest)));
-  const more = about.relevance && hint(icon("where"), "Choose a class or a caption to see where the model looked.");
+  const more = about.relevance && hint(icon("where"), "Choose one to see what in the picture speaks for it.");
   return card(words.length ? "Your classes" : "Classes", calibration(), el("ol", { class: "bars" }, rows), more);
 }
 
@@ -110,7 +110,7 @@ function calibration() {
 const badge = (text, title, kind = "") => el("span", { class: `badge ${kind}`, title }, text);
 const value = (text) => el("span", { class: "value" }, text);
 
-// A row of an answer that, where the model can, shows where it looked for `text`.
+// A row of an answer that, where the model can, shows what in the picture speaks for `text`.
 function chooser(parts, label, text) {
   if (!about.relevance) return el("li", { class: "row" }, parts);
   const click = ({ currentTarget }) => showMap(label, text, currentTarget);
@@ -181,7 +181,7 @@ async function showMap(label, text, button) {
   if (chosen) return;
   button.ariaPressed = "true";
   byId("map").hidden = false;
-  byId("map-text").replaceChildren("Where the model looked for ", el("strong", {}, label));
+  byId("map-text").replaceChildren("What in the picture speaks for ", el("strong", {}, label));
   const ask = async (send) => (await send("/api/relevance", { body: form({ image: picture, text }) })).blob();
   const blob = await mapWork.run(ask, () => { hideMap(); showMap(label, text, button); });
   const size = blob && (await show(byId("overlay"), blob));

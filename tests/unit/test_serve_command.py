@@ -17,18 +17,24 @@ import clipdist
 from clipdist.cli import main
 from clipdist.cluster.board_command import user
 from clipdist.errors import UserError
-from clipdist.publish.serve import setup
+from clipdist.model.saved import save_model
+from clipdist.publish.serve import server, setup
 from clipdist.publish.serve_command import LIMITS, listen
-from tests.conftest import SHAPES, TrainedRun, picture
+from tests.conftest import SHAPES, picture
 from tests.unit.serving import FakeGallery, classifier, dual_encoder
 from tests.unit.test_board import listening
 
 RED = picture("red", "square", "left")
 
 
-@pytest.fixture
-def model(trained_run: TrainedRun) -> Path:
-    return trained_run.folder / "model"
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an untrained model."""
+    saved, folder = dual_encoder(), tmp_path_factory.mktemp("runs") / "tiny" / "model"
+    scores = {"val": {"image_to_text": {"R@1": {"value": 0.125, "low": None, "high": None}, "gallery": 32}}}
+    scores["val"]["split"] = "val"  # type: ignore[assignment]
+    save_model(folder, saved.model, saved.tokenizer, scores=scores, about={"data": str(folder)})
+    return folder
 
 
 @pytest.fixture
@@ -59,9 +65,10 @@ def test_it_serves_until_it_is_told_to_stop(model: Path, classes: Path, tmp_path
         about = httpx.get(f"{url}api/about").json()
         assert (about["name"], about["temperature"], about["limits"]["max_queue"]) == ("tiny", 0.5, 7)
         assert about["calibrated_on"] is None
-        assert {
-            k: about["scores"][0][k] for k in ("title", "gallery")
-        } == {"title": "R@1 image → text, val", "gallery": 32}
+        assert {k: about["scores"][0][k] for k in ("title", "gallery")} == {
+            "title": "R@1 image → text, val",
+            "gallery": 32,
+        }
         assert str(model.parent) not in json.dumps(about)
         answer = httpx.post(f"{url}api/image", files={"image": RED}).json()
         truth = clipdist.load(model).zero_shot({f"s{k}": [s, f"{s} shape"] for k, s in enumerate(SHAPES)}, (), 0.5)
@@ -79,7 +86,9 @@ def test_it_serves_until_it_is_told_to_stop(model: Path, classes: Path, tmp_path
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
-    assert main(["serve", *map(str, words)]) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "server_of", lambda app: pytest.fail(f"it serves with {words}"))
+        assert main(["serve", *map(str, words)]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert "Traceback" not in said.err
@@ -93,7 +102,7 @@ def test_a_model_that_is_none_is_refused(model: Path, tmp_path: Path, capsys: py
     (half / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     assert "damaged model" in refused(capsys, half)
     (half / "model.safetensors").unlink()
-    assert "model.safetensors is missing" in refused(capsys, half)
+    assert "not a finished model" in refused(capsys, half)
     body = json.loads((half / "model.json").read_text(encoding="utf-8"))
     (half / "model.json").write_text(json.dumps(body | {"version": 99}), encoding="utf-8")
     assert "version 99, expected 'clipdist-model' version 1" in refused(capsys, half)

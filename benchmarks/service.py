@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import TypeAdapter
 
 from clipdist.model.build import build_model, build_tokenizer
@@ -193,7 +195,8 @@ def bad_requests(good: bytes) -> dict[str, tuple[bytes, int]]:
     """name -> (request, the status that it must get)."""
     damaged = bytearray(good)
     damaged[len(good) // 3 :] = bytes(len(good) // 3)
-    bomb = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (50_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0" + bytes(8)
+    header = b"IHDR" + (50_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    bomb = b"\x89PNG\r\n\x1a\n\0\0\0\r" + header + zlib.crc32(header).to_bytes(4, "big") + b"\0\0\0\0IDAT" + bytes(4)
     text = json.dumps({"text": "a" * 100_000}).encode()
     return {
         "no image": (request("/api/image", form("image", b"hello")), 415),
@@ -259,11 +262,12 @@ async def soak(port: int, server: psutil.Process, args: argparse.Namespace) -> d
         "seconds": round(elapsed, 1),
         "statuses": dict(sorted(statuses.items())),
         "unexpected": {name: count for name, count in unexpected.items() if count},
-        "refused": dict(
-            line.removeprefix('clipdist_refused_total{reason="').split('"} ')
-            for line in metrics.splitlines()
-            if line.startswith("clipdist_refused_total")
-        ),
+        "refused": {
+            sample.labels["reason"]: int(sample.value)
+            for family in text_string_to_metric_families(metrics)
+            for sample in family.samples
+            if sample.name == "clipdist_refused_total"
+        },
         "rss_mib": {
             "at_start": round(sizes[0][1], 1),
             "warm": round(warm[0], 1),

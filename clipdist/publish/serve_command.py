@@ -7,10 +7,12 @@ memory alone, and only until it is answered. Options and limits: docs/serve.md.
 
 import argparse
 import ipaddress
+import logging
 import os
 import signal
 import socket
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +70,10 @@ def run(args: argparse.Namespace) -> int:
     from clipdist.train.command import configure_logging
 
     configure_logging()
+    for talker in ("python_multipart", "uvicorn.error"):  # a line for every bad request, whoever sends them
+        logging.getLogger(talker).setLevel(logging.ERROR)
+    # Of damaged metadata Pillow warns in words that differ each time, and Python keeps all of them.
+    warnings.filterwarnings("ignore", module="PIL")
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401

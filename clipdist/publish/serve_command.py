@@ -7,10 +7,12 @@ memory alone, and only until it is answered. Options and limits: docs/serve.md.
 
 import argparse
 import ipaddress
+import logging
 import os
 import signal
 import socket
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,10 +70,14 @@ def run(args: argparse.Namespace) -> int:
     from clipdist.train.command import configure_logging
 
     configure_logging()
+    for talker in ("python_multipart", "uvicorn.error"):  # a line for every bad request, whoever sends them
+        logging.getLogger(talker).setLevel(logging.ERROR)
+    # Of damaged metadata Pillow warns in words that differ each time, and Python keeps all of them.
+    warnings.filterwarnings("ignore", module="PIL")
     try:
         import fastapi  # noqa: F401
-        import multipart  # noqa: F401
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f'{error.name} is missing; run: pip install "clipdist[serve]"') from None
@@ -104,13 +110,15 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that already accepts connections. Raises `UserError` for an address or port that cannot be had."""
     from clipdist.errors import UserError
 
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port {port}: expected 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen(512)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UserError(f"--host {host} --port {port}: {error}; choose another, or leave it away") from None
     return listening
 

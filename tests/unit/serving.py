@@ -102,6 +102,7 @@ def make_service(saved: Any = None, gallery: Any = None, limits: Limits | None =
 def client_of(service: Service) -> Iterator[TestClient]:
     with TestClient(make_app(service), base_url=URL, raise_server_exceptions=False) as client:
         yield client
+    service.close()
 
 
 @contextmanager
@@ -119,4 +120,5 @@ def running(service: Service, head_seconds: float = 10.0) -> Iterator[int]:
     finally:
         server.should_exit = True
         thread.join(30)
+        service.close()
         assert not thread.is_alive()

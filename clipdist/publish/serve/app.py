@@ -1,8 +1,6 @@
 """The service's routes, and what they say when something is wrong: always JSON, never a path or a traceback."""
 
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,6 +52,7 @@ def multipart(required: list[str], **properties: dict[str, Any]) -> dict[str, An
 
 
 FILE: dict[str, Any] = {"type": "string", "format": "binary"}
+TOP: dict[str, Any] = {"type": "integer", "minimum": 1, "maximum": MOST_TOP}
 OF_FORMS = answers(400, 408, 413, 415, 421, 422, 503, 504)
 
 
@@ -61,14 +60,7 @@ def make_app(service: Service, *, hosts: frozenset[str] | None = LOOPBACK_NAMES)
     """`hosts`: names under which the service answers, None for all. A page elsewhere that points a name of its own at
     this machine must not read answers in its visitor's browser."""
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        service.close()
-
-    app = FastAPI(
-        title="clipdist", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, redirect_slashes=False
-    )
+    app = FastAPI(title="clipdist", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(ClientDisconnect, _gone)
@@ -85,7 +77,7 @@ def _add_questions(app: FastAPI, service: Service) -> None:
     @app.post(
         "/api/image",
         responses=OF_FORMS | answers(409),
-        openapi_extra=multipart(["image"], image=FILE, classes={"type": "string"}, top={"type": "integer"}),
+        openapi_extra=multipart(["image"], image=FILE, classes={"type": "string"}, top=TOP),
     )
     async def image(request: Request) -> schema.ImageAnswer:
         """Classes, captions and neighbours of one image; `classes`, names between commas or line ends, takes the place
@@ -98,7 +90,11 @@ def _add_questions(app: FastAPI, service: Service) -> None:
         "/api/relevance",
         responses=OF_FORMS | answers(501) | {200: {"content": {"image/png": {}}}},
         response_class=Response,
-        openapi_extra=multipart(["image", "text"], image=FILE, text={"type": "string"}),
+        openapi_extra=multipart(
+            ["image", "text"],
+            image=FILE,
+            text={"type": "string", "minLength": 1, "maxLength": limits.max_text_characters},
+        ),
     )
     async def relevance(request: Request) -> Response:
         """A PNG of what in the image speaks for a text, or for a class of that name."""
@@ -110,7 +106,7 @@ def _add_questions(app: FastAPI, service: Service) -> None:
         "/api/batch",
         responses=OF_FORMS | {200: {"content": {"text/csv": {}}}},
         response_class=Response,
-        openapi_extra=multipart(["images"], images={"type": "array", "items": FILE}),
+        openapi_extra=multipart(["images"], images={"type": "array", "items": FILE, "minItems": 1}),
     )
     async def batch(request: Request) -> Response:
         """A table of many images: their likeliest classes and best caption, or what is wrong with them."""

@@ -1,5 +1,6 @@
 """What the service needs of a gallery of embeddings, and the opening of one."""
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,19 +29,40 @@ class Gallery(Protocol):
     def rows(self) -> int: ...
     @property
     def width(self) -> int: ...
-    def check_model(self, saved: Any) -> None: ...
     def record(self, row: int) -> dict[str, Any]: ...
     def thumbnail(self, row: int, side: int) -> Image.Image: ...
     def search(self, query_QD: np.ndarray, top: int = 10) -> list[list[Any]]: ...
+
+
+class Shared:
+    """A gallery that several threads use: one at a time, since it reads one file and keeps what it read."""
+
+    def __init__(self, gallery: Gallery) -> None:
+        self._gallery, self._lock = gallery, threading.Lock()
+        self.rows, self.width = gallery.rows, gallery.width
+
+    def record(self, row: int) -> dict[str, Any]:
+        with self._lock:
+            return self._gallery.record(row)
+
+    def thumbnail(self, row: int, side: int) -> Image.Image:
+        with self._lock:
+            return self._gallery.thumbnail(row, side)
+
+    def search(self, query_QD: np.ndarray, top: int = 10) -> list[list[Any]]:
+        with self._lock:
+            return self._gallery.search(query_QD, top)
 
 
 def open_gallery(folder: Path, saved: Any) -> Gallery:
     """Raises `UserError` when it is none, is half-written, or was made by another model."""
     import clipdist
 
-    opened = getattr(clipdist, "open_embeddings", None)
+    opened: Any = getattr(clipdist, "open_embeddings", None)
     if opened is None:
         raise UserError("--gallery: this version of clipdist cannot open embeddings")
-    gallery: Gallery = opened(folder)
+    gallery = opened(folder)
     gallery.check_model(saved)
-    return gallery
+    if "image" not in getattr(gallery, "kinds", ["image"]):
+        raise UserError(f"--gallery {folder}: no images were embedded in it; embed with images, or both")
+    return Shared(gallery)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from clipdist.errors import UserError
 from clipdist.evaluate.zero_shot import read_classes, read_templates
@@ -151,7 +152,8 @@ def read_calibration(path: Path, saved: Any) -> Calibration:
         body = json.loads(path.read_text(encoding="utf-8"))
         part, of = body["calibration"], body["zero_shot"]
         temperature, scale = float(part["temperature"]), float(of["scale"])
-        found = Calibration(temperature, str(part["fitted_on"]), of["prompts"], of["templates"], body)
+        prompts = TypeAdapter(list[list[str]]).validate_python(of["prompts"])
+        found = Calibration(temperature, str(part["fitted_on"]), prompts, list(of["templates"]), body)
         at_bound = bool(part["at_bound"])
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None

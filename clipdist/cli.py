@@ -33,6 +33,7 @@ VERBS = {
     "logs": ("clipdist.cluster.logs_command", "show what a run's jobs and ranks said"),
     "board": ("clipdist.cluster.board_command", "TensorBoard of runs on this host, and how to see it from another"),
     "stop": ("clipdist.cluster.stop_command", "save and end a run for good, here or on SLURM"),
+    "serve": ("clipdist.publish.serve_command", "a page and a JSON interface to a model, on this host"),
     "report": ("clipdist.evaluate.report_command", "write a run's report.html anew"),
 }
 

@@ -44,7 +44,20 @@ def notices(name: str, body: Mapping[str, Any]) -> list[str]:
             f"Images left out, since the model has no such class or they name none: {sum(unknown.values()):,} "
             f"({', '.join(list(unknown)[:5])})."
         )
-    return [*told, *body.get("notes", [])]
+    return [*told, *leak_notices(body)]
+
+
+def leak_notices(body: Mapping[str, Any]) -> list[str]:
+    """What the evaluation found of its images in the training set, and what it could not compare."""
+    leaks = body.get("leaks")
+    if not isinstance(leaks, dict):
+        return []
+    notes, line = leaks.get("notes", []), str(leaks.get("line", ""))
+    told = [*notes, *([line[:1].upper() + line[1:] + "."] if line and not notes else [])]
+    without = (leaks.get("without") or {}).get("scores", {})
+    shown = [name for name in without if name.rpartition("/")[2] in ("R@1", "top-1")]
+    scores = [f"{name} {without[name]['without']['value']:.3f}" for name in shown]
+    return [*told, *([f"Without these images: {', '.join(scores)}."] if scores else [])]
 
 
 def cards(name: str, body: Mapping[str, Any]) -> dict[str, Any]:

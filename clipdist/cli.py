@@ -29,6 +29,7 @@ VERBS = {
     "profile": ("clipdist.train.profile_command", "measure where the time of a recipe's training step goes"),
     "consolidate": ("clipdist.train.consolidate_command", "the weights of a checkpoint as one safetensors file"),
     "eval": ("clipdist.evaluate.command", "score a model: retrieval, zero-shot, probes, calibration, subgroups"),
+    "compare": ("clipdist.evaluate.compare_command", "runs beside each other: scores query by query, curves, settings"),
     "runs": ("clipdist.cluster.runs_command", "list runs: state, step, loss, speed, last sign of life"),
     "logs": ("clipdist.cluster.logs_command", "show what a run's jobs and ranks said"),
     "board": ("clipdist.cluster.board_command", "TensorBoard of runs on this host, and how to see it from another"),

@@ -65,7 +65,7 @@ def test_every_table_names_its_gallery(evaluated: tuple[Path, str]) -> None:
     kinds = {
         f"shapes-train-{kind}.png" for kind in ("recall", "cosines", "confusion", "reliability", "probes", "subgroups")
     }
-    assert named == {"shapes-train.json", "report.html", *kinds}
+    assert named == {"shapes-train.json", "shapes-train.npz", "report.html", *kinds}
     for name in kinds:
         with Image.open(evaluated[0] / "evaluation" / name) as plot:
             assert np.asarray(plot.convert("L")).min() < 160, f"{name} is blank"

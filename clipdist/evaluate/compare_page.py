@@ -92,7 +92,7 @@ def _difference(one: Difference | None) -> list[str]:
 
 
 def _signed(estimate: Estimate) -> str:
-    return cell(estimate, "+.3f")
+    return cell(estimate, "+.3f").replace("-", "−")
 
 
 def _p(p: float) -> str:
@@ -130,6 +130,7 @@ def write_page(comparison: Comparison, path: Path) -> Path:
         tested=_tested(comparison) if comparison.tested else "",
         refused=comparison.refused,
         curves=_curves(comparison.runs),
+        other_batches=len({_global_batch(run.config) for run in comparison.runs}) > 1,
         tables=list(_tables(comparison)),
         version=clipdist.__version__,
     )

@@ -57,7 +57,7 @@ def test_two_and_three_processes_evaluate_as_one(trained_run: TrainedRun, tmp_pa
     before = (trained_run.folder / "report.html").read_bytes()
     try:
         for world_size in (1, 2, 3):
-            assert run_ranks(world_size, evaluated, words, str(tmp_path)) == [0] * world_size
+            assert run_ranks(world_size, evaluated, words, str(tmp_path), timeout=300) == [0] * world_size
     finally:
         (trained_run.folder / "report.html").write_bytes(before)
     bodies = [json.loads((tmp_path / str(n) / "shapes-train.json").read_text()) for n in (1, 2, 3)]

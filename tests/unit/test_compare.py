@@ -221,7 +221,7 @@ def two_runs(trained_run: TrainedRun, tmp_path_factory: pytest.TempPathFactory) 
 
 def test_two_runs_side_by_side(two_runs: tuple[Path, Path], tmp_path: Path) -> None:
     text = main("compare", *two_runs, "--out", tmp_path / "page.html", "--bootstrap", "500")
-    assert re.search(r"^image → text R@5 +0?\.\d+ \[.*\] +0?\.\d+ \[.*\] +[+-]0?\.\d+ \[.*\] +0?\.\d+ +\d", text, re.M)
+    assert re.search(r"^image → text R@5 +0?\.\d+ \[.*\] +0?\.\d+ \[.*\] +[+−]0?\.\d+ \[.*\] +0?\.\d+ +\d", text, re.M)
     assert re.search(r"^zero shot top-1 .*\[.*\[.*\[", text, re.M)
     assert "gallery 168 texts, 168 images" in text
     assert "shapes-val, shaken: other groups (none and label)" in text

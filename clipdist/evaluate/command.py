@@ -111,7 +111,6 @@ def _add_queries(group: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     configure_logging()
-    who, device = join_ranks(args.device)
     check(args)
     # Missing data should be named before a model is loaded.
     shard_set = ShardSet.open(args.data) if args.data else None
@@ -126,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
     from clipdist.model.saved import load
     from clipdist.model.saved_classifier import SavedClassifier
 
+    who, device = join_ranks(args.device)
     saved, paths = load(args.model, device), []
     if not who.is_main:  # which alone writes, and so alone resamples
         args.bootstrap = 0

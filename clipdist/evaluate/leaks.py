@@ -88,8 +88,7 @@ class Leaks:
         told = []
         if self.chose_the_model:
             told.append(
-                "This split chose the model and its temperature during training: quote the score of another one, which "
-                "it has not seen."
+                "This split chose the model during training: quote the score of another one, which it has not seen."
             )
         for kind, words in KINDS.items():
             if count := int(self.found.get(kind, np.zeros(1)).sum()):
@@ -120,7 +119,8 @@ class Leaks:
         """Plain text: the notes, or else the line; and the scores without what leaked."""
         lines = self.notes() or [self.line()]
         if self.without:
-            rows = [["score", "all", "without what training has seen"]]
+            kept_images = int((~self.leaked_N).sum())
+            rows = [["score", f"all {self.images:,} images", f"the {kept_images:,} that training has not seen"]]
             rows += [[name, cell(of_all), cell(kept)] for name, (of_all, kept) in self.without.items()]
             lines += ["", *aligned(rows)]
         return "\n".join(lines)

@@ -1,6 +1,7 @@
 """`clipdist eval` says the same on any number of processes, to the last digit."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -68,15 +69,23 @@ def test_two_and_three_processes_evaluate_as_one(trained_run: TrainedRun, tmp_pa
     assert names[0] == names[1] == names[2]
 
 
-@pytest.mark.slow
-def test_a_launcher_starts_it_and_an_error_is_said_once(trained_run: TrainedRun, tmp_path: Path) -> None:
+def launched(trained_run: TrainedRun, out: Path, split: str) -> subprocess.CompletedProcess[str]:
     words = ["--num_processes", "2", "-m", "clipdist.cli", "eval", str(trained_run.folder / "model"), "--workers", "0"]
-    words += ["--data", str(trained_run.shapes), "--out", str(tmp_path)]
-    good = subprocess.run([*LAUNCH, *words, "--split", "val"], capture_output=True, text=True, timeout=240, cwd=ROOT)
-    assert good.returncode == 0, good.stderr[-3000:]
-    assert good.stdout.count("image → text") == 1, "rank 0 alone prints"
+    words += ["--data", str(trained_run.shapes), "--out", str(out), "--split", split, "--audit", "none"]
+    return subprocess.run([*LAUNCH, *words], capture_output=True, text=True, timeout=240, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_a_launcher_starts_it(trained_run: TrainedRun, tmp_path: Path) -> None:
+    done = launched(trained_run, tmp_path, "val")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(re.findall("^image → text", done.stdout, re.M)) == 1, "rank 0 alone prints"
     assert json.loads((tmp_path / "shapes-val.json").read_text())["images"] == 32
-    bad = subprocess.run([*LAUNCH, *words, "--split", "tset"], capture_output=True, text=True, timeout=240, cwd=ROOT)
-    assert bad.returncode != 0
-    assert bad.stderr.count("clipdist: error:") == 1
-    assert "no split 'tset'" in bad.stderr
+
+
+@pytest.mark.slow
+def test_an_error_is_said_once(trained_run: TrainedRun, tmp_path: Path) -> None:
+    done = launched(trained_run, tmp_path, "tset")
+    assert done.returncode != 0
+    assert done.stderr.count("clipdist: error:") == 1
+    assert "no split 'tset'" in done.stderr

@@ -27,6 +27,7 @@ LEVELS = ("none", "index", "looks")
 # Up to here samples of the training split are read one by one unasked: half a minute on a local disk.
 MOST_READ = 500_000
 LISTED = 100
+REMOTE = "behind a URL: all of it would be fetched, which --audit looks does"
 # Of images as long and as large as each other, so many bytes from the middle are compared before all of them.
 FINGERPRINT = 32
 KINDS = {
@@ -217,6 +218,9 @@ def find_leaks(
         return leaks
     opened = []
     for one in trained:
+        if "://" in one.location and level == "index":
+            leaks.not_checked |= dict.fromkeys(KINDS, f"{one.location} is {REMOTE}")
+            continue
         try:
             opened.append(_open(one, evaluated))
         except UserError as error:
@@ -257,9 +261,7 @@ class _Comparison:
         local = [split for _, split in self.opened if thorough or not split.is_remote]
         leaks.training_samples = sum(map(len, local))
         if len(local) < len(self.opened):
-            leaks.not_checked |= dict.fromkeys(
-                KINDS, "behind a URL: all of it would be fetched, which --audit looks does"
-            )
+            leaks.not_checked |= dict.fromkeys(KINDS, REMOTE)
         if not local:
             return
         self._each(local, "samples", self._same_keys)
@@ -275,7 +277,9 @@ class _Comparison:
             self._each(local, "bytes", self._same_bytes)
         else:
             leaks.not_checked["bytes"] = few
-        if thorough:
+        if thorough and any(split.is_remote for split in (self.evaluated.split, *local)):
+            leaks.not_checked["looks"] = "a set is behind a URL; copy it here"
+        elif thorough:
             self._looks(workers)
         else:
             leaks.not_checked["looks"] = "--audit looks"

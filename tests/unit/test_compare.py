@@ -28,7 +28,10 @@ from tests.conftest import TrainedRun
 def ranked(rank_N: np.ndarray, units: list[Any] | None = None) -> Outcomes:
     """One text an image, found at the same rank both ways."""
     N = len(rank_N)
-    arrays = {"text/owner": np.arange(N, dtype=np.int32), "text/hash": np.arange(N, dtype=np.uint64)}
+    arrays: dict[str, np.ndarray] = {
+        "text/owner": np.arange(N, dtype=np.int32),
+        "text/hash": np.arange(N, dtype=np.uint64),
+    }
     arrays |= {f"{way}/rank": rank_N.astype(np.int32) for way in ("image_to_text", "text_to_image")}
     return Outcomes([f"s{number}" for number in range(N)], units, arrays)
 
@@ -100,7 +103,7 @@ def test_equal_runs_do_not_differ_and_exchanged_runs_differ_the_other_way(seed: 
 def test_scores_of_classes_are_scikit_learns() -> None:
     rng = np.random.default_rng(0)
     label = rng.integers(3, size=90)
-    logits = [np.float32(rng.normal(size=(90, 3)) + shift * np.eye(3)[label]) for shift in (0.5, 1.5)]
+    logits: list[Any] = [np.float32(rng.normal(size=(90, 3)) + shift * np.eye(3)[label]) for shift in (0.5, 1.5)]
     both = [
         Outcomes([str(n) for n in range(90)], None, outcomes_of_classes("zero_shot", one, label, 1e-6))
         for one in logits
@@ -152,7 +155,7 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p: list[float], level
     assert {number for number, value in enumerate(adjusted) if value <= level} == rejected
 
 
-BODY = {
+BODY: dict[str, Any] = {
     **{way: {"gallery": 30} for way in ("image_to_text", "text_to_image")},
     **{"split_digest": "a", "data_digest": "d", "split": "test", "groups": "caption", "unit": None, "left_out": []},
 }
@@ -212,7 +215,7 @@ def two_runs(trained_run: TrainedRun, tmp_path_factory: pytest.TempPathFactory) 
     recipe = runs[1] / "config.yaml"
     recipe.write_text(recipe.read_text().replace("epochs: 4", "epochs: 9"))
     for run in runs:
-        words = ["--workers", 0, "--bootstrap", 100, "--examples", 1, "--audit", "none"]
+        words: list[str | Path] = ["--workers", "0", "--bootstrap", "100", "--examples", "1", "--audit", "none"]
         main("eval", run / "model", "--data", trained_run.shapes, "--split", "train", "--zero-shot", "label", *words)
     main("eval", runs[0] / "model", "--data", trained_run.shapes, "--split", "val", *words)
     main("eval", runs[1] / "model", "--data", trained_run.shapes, "--split", "val", "--groups", "label", *words)

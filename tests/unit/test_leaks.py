@@ -116,6 +116,7 @@ def test_what_cannot_be_compared_is_named_with_the_reason(tmp_path: Path, monkey
     assert line() == "leaks: not checked: the model does not say what it was trained on"
     assert "there is no such folder" in line(Trained(str(tmp_path / "gone"), "0", "train"))
     assert "another version of the set now" in line(Trained(str(train), "0", "train"))
+    assert "https://host/set is behind a URL" in line(Trained("https://host/set", "0", "train"))
     assert find_leaks(evaluated, [], None, level="none").line() == "leaks: not checked (--audit none)"
     monkeypatch.setattr(module, "MOST_READ", 7)
     told = audit(train, test, "index")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clipdist.evaluate.examples import Mistake, thumbnail_uri
+from clipdist.evaluate.subgroups import shown_name
 
 VALIDATION = "the validation that chose the model"
 FROM_VALIDATION = (
@@ -56,8 +57,10 @@ def leak_notices(body: Mapping[str, Any]) -> list[str]:
     told = [*notes, *([line[:1].upper() + line[1:] + "."] if line and not notes else [])]
     without = (leaks.get("without") or {}).get("scores", {})
     shown = [name for name in without if name.rpartition("/")[2] in ("R@1", "top-1")]
-    scores = [f"{name} {without[name]['without']['value']:.3f}" for name in shown]
-    return [*told, *([f"Without these images: {', '.join(scores)}."] if scores else [])]
+    values = {shown_name(name): without[name]["without"]["value"] for name in shown}
+    scores = [f"{name} {value:.3f}" for name, value in values.items() if value is not None]
+    images = int(leaks.get("images", 0))
+    return [*told, *([f"Without the {images:,} images that training has seen: {', '.join(scores)}."] if scores else [])]
 
 
 def cards(name: str, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -118,11 +118,13 @@ class Leaks:
 
     def table(self) -> str:
         """Plain text: the notes, or else the line; and the scores without what leaked."""
+        from clipdist.evaluate.subgroups import shown_name
+
         lines = self.notes() or [self.line()]
         if self.without:
             kept_images = int((~self.leaked_N).sum())
             rows = [["score", f"all {self.images:,} images", f"the {kept_images:,} that training has not seen"]]
-            rows += [[name, cell(of_all), cell(kept)] for name, (of_all, kept) in self.without.items()]
+            rows += [[shown_name(name), cell(of_all), cell(kept)] for name, (of_all, kept) in self.without.items()]
             lines += ["", *aligned(rows)]
         return "\n".join(lines)
 

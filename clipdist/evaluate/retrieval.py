@@ -294,16 +294,16 @@ class _Pairs:
     ) -> None:
         self.who = who
         self.image_ND, self.text_MD, self.group_M, self.chunk, self.quiet = image_ND, text_MD, group_M, chunk, quiet
+        tops = range(0, len(image_ND), chunk)
+        own = tops[slice(*share(len(tops), who.rank, who.world_size))]
+        self.starts = [(r, c) for r in own for c in range(0, len(text_MD), chunk)]
         self.row_group_N = torch.from_numpy(group_N).to(image_ND.device)
         self.column_group_M = torch.from_numpy(group_M).to(image_ND.device)
 
     def _tiles(self, description: str) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         """Yields rows, columns, their cosines (float32) and which of them are positives (bool)."""
-        tops = range(0, len(self.image_ND), self.chunk)
-        own = tops[slice(*share(len(tops), self.who.rank, self.who.world_size))]
-        starts = [(r, c) for r in own for c in range(0, len(self.text_MD), self.chunk)]
         with full_float32(self.image_ND.device.type):
-            for r, c in progress(starts, unit="tile", description=description, quiet=self.quiet):
+            for r, c in progress(self.starts, unit="tile", description=description, quiet=self.quiet):
                 rows, columns = slice(r, r + self.chunk), slice(c, c + self.chunk)
                 cosine = (self.image_ND[rows] @ self.text_MD[columns].T).clamp_(-1, 1)
                 yield rows, columns, cosine, self.row_group_N[rows, None] == self.column_group_M[None, columns]
@@ -315,19 +315,20 @@ class _Pairs:
         best_N = torch.full((len(self.image_ND),), -torch.inf, device=device)
         best_M = torch.full((len(self.text_MD),), -torch.inf, device=device)
         counts = torch.zeros(2, HISTOGRAM_BINS, dtype=torch.int64, device=device)
-        sums = [torch.zeros(0, device=device)]
-        for rows, columns, cosine, positive in self._tiles("best positives"):
+        # In one tensor: thousands of small ones, made between tiles, would keep the heap from using their places again.
+        sums = torch.zeros(len(self.starts), device=device)
+        for tile, (rows, columns, cosine, positive) in enumerate(self._tiles("best positives")):
             masked = cosine.where(positive, -torch.inf)
             best_N[rows] = best_N[rows].maximum(masked.amax(1))
             best_M[columns] = best_M[columns].maximum(masked.amax(0))
             of_positives = cosine[positive]
-            sums.append(of_positives.sum()[None])
+            sums[tile] = of_positives.sum()
             counts[0] += _binned(of_positives)
             counts[1] += _binned(cosine.flatten())
         best_N, best_M = (self._over_ranks(best, world.max_over_ranks) for best in (best_N, best_M))
         positives, everything = self._over_ranks(counts, world.sum_over_ranks).cpu().numpy()
         # In the order of the tiles, so that the sum is that of one process to the last bit.
-        of_tiles = self._over_ranks(torch.cat(sums), _all_rows)
+        of_tiles = self._over_ranks(sums, _all_rows)
         edges = tuple(np.linspace(-1, 1, HISTOGRAM_BINS + 1).round(6).tolist())
         histogram = Histogram(edges, tuple(positives.tolist()), tuple((everything - positives).tolist()))
         positive_sum = float(of_tiles.cpu().double().sum())

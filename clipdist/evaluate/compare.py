@@ -58,6 +58,8 @@ class Run:
     def outcomes(self, stem: str) -> Outcomes:
         """Raises `UserError` where there are none that belong to this evaluation."""
         about = self.evaluations[stem].get("outcomes")
+        if "query_candidates" in self.evaluations[stem]:
+            raise UserError(f"{self.name}: of queries against labelled candidates, single outcomes are not kept")
         if not about:
             raise UserError(f"{self.name}: made before outcomes of single queries were kept; run clipdist eval again")
         return Outcomes.load(self._evaluation_folder / str(about["file"]), str(about["xxh3_64"]))

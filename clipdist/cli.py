@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from clipdist import __version__
@@ -29,6 +30,7 @@ VERBS = {
     "consolidate": ("clipdist.train.consolidate_command", "the weights of a checkpoint as one safetensors file"),
     "eval": ("clipdist.evaluate.command", "score a model: retrieval, zero-shot, probes, calibration, subgroups"),
     "export": ("clipdist.publish.export_command", "a model for transformers, open_clip, timm or ONNX, checked there"),
+    "compare": ("clipdist.evaluate.compare_command", "runs beside each other: scores query by query, curves, settings"),
     "runs": ("clipdist.cluster.runs_command", "list runs: state, step, loss, speed, last sign of life"),
     "logs": ("clipdist.cluster.logs_command", "show what a run's jobs and ranks said"),
     "board": ("clipdist.cluster.board_command", "TensorBoard of runs on this host, and how to see it from another"),
@@ -63,15 +65,31 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        report(error)
-        return 2
+        return ended(error, 2)
     except WorkerKilled as error:
-        report(error)
-        return 1
+        return ended(error, 1)
     except BrokenPipeError:  # `clipdist plan … | head`
         # What is still in the buffer would raise once more when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def ended(error: Exception, code: int) -> int:
+    """Prints the error and answers with the code; one of several ranks ends here."""
+    from clipdist import world
+
+    who = world.announced()
+    if who.rank:
+        # Most errors strike every rank: rank 0 prints them and the launcher ends the others meanwhile. Whoever is still
+        # here has one of its own.
+        time.sleep(3)
+    report(error)
+    if who.world_size > 1:
+        # Others may wait in a collective that this one will never join, and the interpreter would wait for them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def run_script(main: Callable[[], object]) -> None:

@@ -294,6 +294,13 @@ def _reduce(values: torch.Tensor, operation: Any, purpose: str) -> torch.Tensor:
     return values
 
 
+def collective_device(device: torch.device) -> torch.device:
+    """Where a tensor on `device` must lie for the collectives here: NCCL takes those of GPUs alone."""
+    if dist.is_initialized() and dist.get_backend() == "nccl" and device.type == "cpu":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def all_reduce_bytes(tensor_bytes: int) -> float:
     """What one rank sends when a tensor of so many bytes is summed over all ranks in a ring."""
     world_size = connected().world_size

@@ -80,8 +80,10 @@ class EvalRows(Dataset[EvalPiece | UserError]):
 
 
 class _Ranges(Sampler[tuple[int, int]]):
-    def __init__(self, start: int, stop: int) -> None:
-        self.bounds = [(s, min(s + ROWS_PER_TASK, stop)) for s in range(start, stop, ROWS_PER_TASK)]
+    def __init__(self, total: int, rank: int, world_size: int) -> None:
+        starts = range(0, total, ROWS_PER_TASK)
+        first, end = share(len(starts), rank, world_size)
+        self.bounds = [(start, min(start + ROWS_PER_TASK, total)) for start in starts[first:end]]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(self.bounds)
@@ -93,8 +95,11 @@ class _Ranges(Sampler[tuple[int, int]]):
 def evaluation_loader(
     rows: EvalRows, *, rank: int = 0, world_size: int = 1, workers: int = 0
 ) -> DataLoader[EvalPiece | UserError]:
-    """This rank's run of the split, in order; over all ranks every sample comes exactly once, on any world size."""
-    bounds = _Ranges(*share(len(rows.split), rank, world_size))
+    """This rank's run of the split, in order; over all ranks every sample comes exactly once, on any world size.
+
+    Ranks take whole pieces, which are cut alike for any number of them: what a matrix product answers may hang, in its
+    last bits, on how many rows it is given."""
+    bounds = _Ranges(len(rows.split), rank, world_size)
     return DataLoader(
         rows, batch_size=None, sampler=bounds, num_workers=workers, collate_fn=unchanged, worker_init_fn=quiet_worker
     )

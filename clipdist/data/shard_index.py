@@ -163,6 +163,15 @@ class ShardIndex:
         entry = Entry._make(_RECORD.unpack(record))
         return record, entry, read_at(self._descriptor, entry.key_size, self._keys_at + entry.key_offset)
 
+    def keys(self) -> list[bytes]:
+        """All keys as stored, by one read. Raises `BadSample`."""
+        size = int(self.records["key_size"].sum(dtype=np.int64))
+        block = read_at(self._descriptor, size, self._keys_at)
+        if len(block) != size:
+            raise BadSample("its index was cut short")
+        starts, sizes = self.records["key_offset"].tolist(), self.records["key_size"].tolist()
+        return [block[start : start + length] for start, length in zip(starts, sizes, strict=True)]
+
     def key(self, row: int) -> str:
         """The key of sample `row`, or its place where the index cannot be read: whoever names a bad sample gets a
         name."""

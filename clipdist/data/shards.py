@@ -247,6 +247,15 @@ class ShardFile:
         fields, texts = _parse_texts(info, text)
         return RawSample(key.decode(errors="replace"), image, IMAGE_EXTENSIONS[entry.image_kind], texts, fields)
 
+    def image(self, row: int, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes start..stop of sample `row`'s image, by default all; no checksum is compared. Raises `BadSample`."""
+        _, entry, _ = self.index.entry(row)
+        stop = entry.image_size if stop is None else min(stop, entry.image_size)
+        at = entry.image_offset
+        if self.index.zstd and entry.image_size:
+            return self._frame(entry.frame_offset, entry.frame_size, at + stop)[at + start : at + stop]
+        return self._pread(at + start, max(0, stop - start))
+
     def fields(self, row: int) -> dict[str, Any]:
         """The JSON member of sample `row` alone, `text` included; its checksum, which is the whole sample's, is not
         compared. Raises `BadSample`."""

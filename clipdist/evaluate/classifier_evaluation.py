@@ -1,18 +1,18 @@
 """`clipdist eval` of a classifier: the scores of its answers on one split, and what is written about them."""
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clipdist.data.labels import readable_fields
-from clipdist.data.shards import ShardSet, Split
+from clipdist.data.shards import ShardSet
 from clipdist.errors import UserError
 from clipdist.evaluate.classifier import Classified, Predictions, Temperature, predict_split
+from clipdist.evaluate.cosines import TIE_TOLERANCE
 from clipdist.evaluate.examples import Mistake
-from clipdist.evaluate.suite import Part, left_out_line, subgroups_part, units_of, values_of
+from clipdist.evaluate.outcomes import Outcomes, outcomes_of_classes
+from clipdist.evaluate.suite import Part, described, leaks_of, left_out_line, subgroups_part, units_of, values_of
 from clipdist.evaluate.zero_shot import labels_of
 from clipdist.model.saved_classifier import SavedClassifier
 
@@ -36,11 +36,15 @@ def check_options(args: argparse.Namespace) -> None:
 
 class ClassifierEvaluation:
     """Scores of one classifier on one split, by options that `check_options` has let pass. Images without a class of
-    the model's are left out, and counted."""
+    the model's are left out, and counted. All ranks construct it; one goes on."""
 
     def __init__(self, args: argparse.Namespace, shard_set: ShardSet, saved: SavedClassifier) -> None:
-        self.args, self.saved, self.split = args, saved, shard_set.split(args.split)
+        self.args, self.shard_set, self.saved, self.split = args, shard_set, saved, shard_set.split(args.split)
         self.found: Predictions = predict_split(saved.model, self.split, workers=args.workers)
+
+    def score(self) -> None:
+        """All that needs no other rank."""
+        args, saved, shard_set = self.args, self.saved, self.shard_set
         fields, field = self.found.fields, saved.labels.field
         values = values_of(fields, args.by)  # a field that cannot be used is named before anything takes time
         label_N, _, left_out = labels_of(fields, field, saved.labels.names)
@@ -48,24 +52,22 @@ class ClassifierEvaluation:
         how: dict[str, Any] = {"units": units, "bootstrap": args.bootstrap, "seed": args.seed}
         self.classified = Classified(self.found.logits_NK, label_N, saved.labels, left_out=left_out, **how)
         self.temperature = Temperature(saved.temperature, saved.fitted_on, saved.at_bound)
-        self.notes = list(self._notes(shard_set, units))
         self.parts = self._parts(values, how)
+        logits_NK = self.classified.logits_NK
+        arrays = outcomes_of_classes("classification", logits_NK, label_N, TIE_TOLERANCE)
+        self.outcomes = Outcomes(self.found.keys, units, arrays)
+        self.leaks = leaks_of(args, shard_set, saved, self.found, self.classified.measured, units)
         self.body = {
-            "data": args.data,
-            "data_digest": shard_set.manifest.digest,
-            "split": args.split,
-            "model": str(args.model),
-            "unit": args.unit if units else None,
+            **described(args, shard_set, saved, units),
             "bootstrap": args.bootstrap,
-            "seed": args.seed,
-            "notes": self.notes,
+            "leaks": self.leaks.to_dict(),
             "left_out": [{"key": key, "reason": reason} for _, key, reason in self.found.bad],
             **{part.name: part.body for part in self.parts},
         }
 
     def tables(self) -> list[str]:
         """Plain text, for a terminal."""
-        return [*(part.table for part in self.parts), *self.notes]
+        return [*(part.table for part in self.parts), self.leaks.table()]
 
     def _parts(self, values: dict[str, list[Any]], how: dict[str, Any]) -> list[Part]:
         one = self.classified
@@ -76,34 +78,6 @@ class ClassifierEvaluation:
         body, table = one.calibration(self.temperature)
         found.append(Part("calibration", body, table))
         return [*found, *([subgroups_part(one.measured, values, how)] if values else [])]
-
-    def _notes(self, shard_set: ShardSet, units: list[Any] | None) -> Iterator[str]:
-        """What makes a score another thing than one on images that the model knows nothing of."""
-        about, split = self.saved.about, self.args.split
-        if about.get("data_digest") != shard_set.manifest.digest:
-            return
-        trained_on = about.get("split")
-        if split == trained_on:
-            yield "These are the images that the model was trained on: the score says how well it remembers them."
-        elif split == about.get("val_split"):
-            yield (
-                "This split chose the model and its temperature during training: quote the score of another one, which "
-                "it has not seen."
-            )
-        if units and split != trained_on and trained_on in shard_set.manifest.splits:
-            yield from self._shared_units(shard_set.split(trained_on), units)
-
-    def _shared_units(self, trained: Split, units: list[Any]) -> Iterator[str]:
-        if trained.is_remote:  # all of it would have to be fetched
-            return
-        held = (fields.get(self.args.unit) for _, fields in readable_fields(trained))
-        known = {str(unit) for unit in held if unit is not None}
-        shared = sum(unit is not None and str(unit) in known for unit in units)
-        if shared:
-            yield (
-                f"{shared:,} of {len(units):,} images are of a {self.args.unit} that the training split has, too: the "
-                f"score is too high for new ones. Divide the set anew: clipdist split"
-            )
 
     def mistakes(self, most: int) -> list[Mistake]:
         """The wrong answers of the highest probability, as calibrated."""

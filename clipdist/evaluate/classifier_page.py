@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clipdist.evaluate.examples import Mistake, thumbnail_uri
+from clipdist.evaluate.subgroups import shown_name
 
 VALIDATION = "the validation that chose the model"
 FROM_VALIDATION = (
@@ -44,7 +45,22 @@ def notices(name: str, body: Mapping[str, Any]) -> list[str]:
             f"Images left out, since the model has no such class or they name none: {sum(unknown.values()):,} "
             f"({', '.join(list(unknown)[:5])})."
         )
-    return [*told, *body.get("notes", [])]
+    return [*told, *leak_notices(body)]
+
+
+def leak_notices(body: Mapping[str, Any]) -> list[str]:
+    """What the evaluation found of its images in the training set, and what it could not compare."""
+    leaks = body.get("leaks")
+    if not isinstance(leaks, dict):
+        return []
+    notes, line = leaks.get("notes", []), str(leaks.get("line", ""))
+    told = [*notes, *([line[:1].upper() + line[1:] + "."] if line and not notes else [])]
+    without = (leaks.get("without") or {}).get("scores", {})
+    shown = [name for name in without if name.rpartition("/")[2] in ("R@1", "top-1")]
+    values = {shown_name(name): without[name]["without"]["value"] for name in shown}
+    scores = [f"{name} {value:.3f}" for name, value in values.items() if value is not None]
+    images = int(leaks.get("images", 0))
+    return [*told, *([f"Without the {images:,} images that training has seen: {', '.join(scores)}."] if scores else [])]
 
 
 def cards(name: str, body: Mapping[str, Any]) -> dict[str, Any]:

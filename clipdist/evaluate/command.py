@@ -2,6 +2,9 @@
 
 Prints a table; writes JSON and plots beside the model's run (or into --out), and the run's report anew. What the other
 options measure: docs/evaluate.md.
+
+On several processes, with the same numbers:
+accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes 2 -m clipdist.cli eval …
 """
 
 import argparse
@@ -11,10 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clipdist import world
 from clipdist.data.mixing import called
 from clipdist.data.shards import ShardSet, write_atomically
 from clipdist.errors import UserError, disk_errors
 from clipdist.train.command import configure_logging
+from clipdist.world import World
+
+LEVELS = ("none", "index", "looks")  # those of leaks.py, which takes longer to import
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=2, help="loader processes; default: 2")
     parser.add_argument("--out", type=Path, help="folder for JSON and plots; default: evaluation/ beside the model")
     parser.add_argument("--device", help="cpu or cuda; default: a GPU when there is one")
+    parser.add_argument(
+        "--audit",
+        choices=LEVELS,
+        default="index",
+        help="look for evaluated images in the training set: not, by keys, units and equal bytes, or besides by looks, "
+        "which decodes every image; default: index",
+    )
     _add_small_galleries(parser.add_argument_group("small galleries, which make scores comparable with published ones"))
     _add_classes(parser.add_argument_group("classes"))
     _add_queries(parser.add_argument_group("queries against labelled candidates, without --data too"))
@@ -111,7 +125,10 @@ def run(args: argparse.Namespace) -> int:
     from clipdist.model.saved import load
     from clipdist.model.saved_classifier import SavedClassifier
 
-    saved, paths = load(args.model, args.device), []
+    who, device = join_ranks(args.device)
+    saved, paths = load(args.model, device), []
+    if not who.is_main:  # which alone writes, and so alone resamples
+        args.bootstrap = 0
     evaluation: Any = None
     if isinstance(saved, SavedClassifier):
         from clipdist.evaluate.classifier_evaluation import ClassifierEvaluation, check_options
@@ -120,14 +137,36 @@ def run(args: argparse.Namespace) -> int:
         assert shard_set is not None
         evaluation = ClassifierEvaluation(args, shard_set, saved)
     else:
-        paths = _write_queries(args, queries, saved) if queries else []
+        paths = _write_queries(args, queries, saved) if queries and who.is_main else []
         evaluation = Evaluation(args, shard_set, saved, templates) if shard_set is not None else None
-    if evaluation is not None:
-        print("\n\n".join(evaluation.tables()))
-        paths += _write_evaluation(args, evaluation)
-    for path in paths:
-        print(path)
+    if who.is_main:
+        if evaluation is not None:
+            evaluation.score()
+            print("\n\n".join(evaluation.tables()))
+            paths += _write_evaluation(args, evaluation)
+        for path in paths:
+            print(path)
+    leave_ranks(who)
     return 0
+
+
+def join_ranks(device: str | None) -> tuple[World, Any]:
+    """Who this process is among those of the launcher, and its device. Raises `UserError` when fewer are connected than
+    were asked for."""
+    chosen: Any = device
+    if world.announced().world_size > 1:
+        from clipdist.train.launched import make_accelerator
+
+        accelerator = make_accelerator("fp32")
+        if device in (None, "cuda"):
+            chosen = accelerator.device
+    return world.check_size(), chosen
+
+
+def leave_ranks(who: World) -> None:
+    """Returns when the last has come here: a launcher takes the end of one for the end of all."""
+    if who.world_size > 1:
+        world.barrier()
 
 
 def out_folder(args: argparse.Namespace) -> Path:
@@ -186,48 +225,59 @@ def _asked(args: argparse.Namespace, groups: str, templates: Sequence[str]) -> A
 
 
 class Evaluation:
-    """Scores of one model on one split, and what is written about them."""
+    """Scores of one model on one split, and what is written about them. All ranks construct it; one goes on."""
 
     def __init__(self, args: argparse.Namespace, shard_set: ShardSet, saved: Any, templates: Sequence[str]) -> None:
         from clipdist.evaluate.retrieval import retrieval_scores
         from clipdist.evaluate.suite import Suite, embed_for, units_of
         from clipdist.train.validate import groups_of
 
-        self.args, self.split = args, shard_set.split(args.split)
+        self.args, self.shard_set, self.saved, self.split = args, shard_set, saved, shard_set.split(args.split)
         self.groups_by = args.groups or saved.about.get("groups", "caption")
         asked = _asked(args, self.groups_by, templates)
         self.embeddings = embeddings = embed_for(asked, saved, shard_set, args.split)
         self.group = groups_of(embeddings, self.groups_by)
-        units = units_of(embeddings.fields, args.unit)
+        self.units = units_of(embeddings.fields, args.unit)
         self.scores = retrieval_scores(
             embeddings.image_features_ND,
             embeddings.text_features_MD,
             embeddings.text_owner_M,
             group_N=self.group,
-            units=units,
+            units=self.units,
             precision=True,
             bootstrap=args.bootstrap,
             seed=args.seed,
             texts=embeddings.texts,
+            shared=True,
         )
-        suite = Suite(asked, saved, shard_set, embeddings, self.group)
-        self.parts = suite.parts(self.scores.measured(embeddings.text_owner_M))
+        self.suite = Suite(asked, saved, shard_set, embeddings, self.group)
+
+    def score(self) -> None:
+        """All that needs no other rank."""
+        from clipdist.evaluate.outcomes import Outcomes, outcomes_of_retrieval
+        from clipdist.evaluate.suite import described, leaks_of
+
+        embeddings = self.embeddings
+        measured = self.scores.measured(embeddings.text_owner_M)
+        self.parts = self.suite.parts(measured)
+        arrays = outcomes_of_retrieval(self.scores, embeddings.text_owner_M, embeddings.texts)
+        for part in self.parts:
+            measured |= part.measured
+            arrays |= part.outcomes
+        self.outcomes = Outcomes(embeddings.keys, self.units, arrays)
+        self.leaks = leaks_of(self.args, self.shard_set, self.saved, embeddings, measured, self.units)
         self.body = {
             **self.scores.to_dict(),
-            "data": args.data,
-            "data_digest": shard_set.manifest.digest,
-            "split": args.split,
-            "model": str(args.model),
+            **described(self.args, self.shard_set, self.saved, self.units),
             "groups": self.groups_by,
-            "unit": args.unit if units else None,
-            "seed": args.seed,
+            "leaks": self.leaks.to_dict(),
             "left_out": [{"key": key, "reason": reason} for _, key, reason in embeddings.bad],
             **{part.name: part.body for part in self.parts},
         }
 
     def tables(self) -> list[str]:
         """Plain text, for a terminal."""
-        return [self.scores.table(), *(part.table for part in self.parts)]
+        return [self.scores.table(), *(part.table for part in self.parts), self.leaks.table()]
 
     def report(self, run: Path) -> Path:
         """The run's report anew, with examples."""
@@ -253,7 +303,11 @@ def _write_evaluation(args: argparse.Namespace, evaluation: Any) -> list[Path]:
     """JSON, plots and, when the model lies in a run, the run's report; returns the paths."""
     run, out = args.model.resolve().parent, out_folder(args)
     with disk_errors(out):
-        paths = _write(out, f"{called(args.data)}-{args.split}", evaluation.body)
+        name = f"{called(args.data)}-{args.split}"
+        out.mkdir(parents=True, exist_ok=True)
+        # Before the JSON, which names them with their checksum.
+        evaluation.body["outcomes"] = evaluation.outcomes.save(out / f"{name}.npz")
+        paths = [*_write(out, name, evaluation.body), out / f"{name}.npz"]
         return [*paths, evaluation.report(run)] if (run / "config.yaml").exists() else paths
 
 

@@ -11,13 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipdist.data.order import share
 from clipdist.errors import UserError
+from clipdist.world import World
 
 # float32 matrix products of bitwise equal rows differ by up to 3e-8 with the place of the row in its tile; cosines
 # nearer than this are the same number, and a model that gives them cannot tell the two apart.
 TIE_TOLERANCE = 1e-6
 # Rows of cosines that are ranked whole are taken so many numbers at a time: 16 MiB.
 _RANKED_AT_ONCE = 2**22
+
+ALONE = World()
 
 Array = np.ndarray | Tensor
 
@@ -81,11 +85,13 @@ def full_float32(device_type: str) -> Iterator[None]:
             setattr(backend, setting, value)
 
 
-def strips(query_QD: Tensor, gallery_GD: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yields some queries and their whole rows of cosines, float32 [q, G]; memory O(G)."""
+def strips(query_QD: Tensor, gallery_GD: Tensor, who: World = ALONE) -> Iterator[tuple[slice, Tensor]]:
+    """Yields some queries and their whole rows of cosines, float32 [q, G]; memory O(G). Each rank gets a run of them,
+    cut as for one process."""
     rows = max(1, _RANKED_AT_ONCE // len(gallery_GD))
+    starts = range(0, len(query_QD), rows)
     with full_float32(query_QD.device.type):
-        for start in range(0, len(query_QD), rows):
+        for start in starts[slice(*share(len(starts), who.rank, who.world_size))]:
             some = slice(start, min(start + rows, len(query_QD)))
             yield some, (query_QD[some] @ gallery_GD.T).clamp_(-1, 1)
 

@@ -52,7 +52,8 @@ def embed_split(
     in_step: bool = False,
     tower_features: bool = False,
 ) -> Embeddings:
-    """Features of every readable sample exactly once, whatever the world size. All ranks call it; all get the answer.
+    """Features of every readable sample exactly once, whatever the world size: ranks of equal hardware and threads
+    give what one process gives, to the last bit. All ranks call it; all get the answer.
 
     `tower_features` asks for the image tower's own features besides, which probes are commonly fitted on.
     `in_step` says that each pass through a tower needs all ranks: those that are done take part with a blank row until
@@ -124,7 +125,7 @@ def _embed_pieces(
     tower_features: bool,
 ) -> dict[str, Any]:
     found: dict[str, Any] = {name: [] for name in ("owners", "numbers", "samples", "bad")}
-    captions: list[list[int]] = []
+    texts: list[list[list[int]]] = []  # not across pieces, so that all world sizes pad and multiply the same rows
 
     def images() -> Iterator[torch.Tensor]:
         for piece in pieces:
@@ -133,7 +134,8 @@ def _embed_pieces(
                 found["numbers"] += piece.numbers
                 found["samples"] += [(sample.key, sample.texts, sample.fields) for sample in piece.samples]
                 found["owners"] += piece.owners
-                captions.extend(piece.token_ids)
+                ids = piece.token_ids
+                texts.extend(ids[start : start + TEXT_ROWS] for start in range(0, len(ids), TEXT_ROWS))
                 yield piece.images_n3HW
 
     def encode_text(ids: list[list[int]]) -> torch.Tensor:
@@ -151,8 +153,7 @@ def _embed_pieces(
     parts = {"image": encode_all(encode_image, images(), blank, device, in_step)}
     if listener is not None:
         listener.remove()
-    texts = (captions[start : start + TEXT_ROWS] for start in range(0, len(captions), TEXT_ROWS))
-    parts["text"] = encode_all(encode_text, texts, [[tokenizer.pad_id]], device, in_step)
+    parts["text"] = encode_all(encode_text, iter(texts), [[tokenizer.pad_id]], device, in_step)
     for name, made in parts.items():
         found[name] = torch.cat(made).float().numpy() if made else np.zeros((0, model.config.width), np.float32)
     width = model.config.width

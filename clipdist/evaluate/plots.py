@@ -244,7 +244,11 @@ def _plain(records: Records, key: str, y: str, form: Form) -> bytes | None:
 
 def _noisy(axes: Axes, records: Records, key: str, label: str, colour: str, style: str = "-") -> None:
     """A faint band or line of what was logged, and its exponential mean over a fiftieth of the run."""
-    steps, values = series(records, key)
+    noisy(axes, *series(records, key), label, colour, style)
+
+
+def noisy(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour: str, style: str = "-") -> None:
+    """The same of values at steps."""
     if not len(steps):
         return
     at, _, low, high = _thinned(steps, values)
@@ -295,7 +299,7 @@ def style(axes: Axes, y: str, x: str) -> None:
     axes.set_ylabel(y, color=MUTED, fontsize=9.5)
     if x:
         axes.set_xlabel(x, color=MUTED, fontsize=9.5)
-    if x in ("step", "epoch"):
+    if x in ("step", "epoch", "samples seen"):
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 

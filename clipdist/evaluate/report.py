@@ -348,6 +348,7 @@ def _notices(log: _Log, evaluations: Sequence[dict[str, Any]]) -> list[str]:
         )
     if left_out := headline.get("left_out"):
         notices.append(f"Samples of this split that could not be read, and so stand in no gallery: {len(left_out):,}.")
+    notices += classifier_page.leak_notices(headline)
     if headline["name"].startswith("last validation"):
         notices.append(
             "These scores come from validation during training: no interval, and the split may have chosen the model."

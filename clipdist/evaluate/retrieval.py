@@ -4,7 +4,7 @@ Suffixes of names: N images, M texts, Q queries, G gallery items, K cut-offs, D 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipdist import world
+from clipdist.data.order import share
 from clipdist.errors import UserError
 from clipdist.evaluate.cosines import (
+    ALONE,
     TIE_TOLERANCE,
     Array,
     full_float32,
@@ -61,6 +64,7 @@ class Direction:
     # Every query's rank, 0 for one without a positive; kept in memory for examples, not written to JSON.
     ranks_Q: np.ndarray = field(repr=False, compare=False)
     mean_average_precision: Estimate | None = None
+    average_precision_Q: np.ndarray | None = field(default=None, repr=False, compare=False)  # NaN without a positive
     precision: dict[int, Estimate] = field(default_factory=dict)
     positives: float = 1.0
 
@@ -207,6 +211,7 @@ def retrieval_scores(
     seed: int = 0,
     chunk: int = 1024,
     quiet: bool = True,
+    shared: bool = False,
 ) -> RetrievalScores:
     """Exact scores of every image against all texts and of every text against all images.
 
@@ -231,6 +236,9 @@ def retrieval_scores(
     Memory beyond the features is O(chunk² + N + M), never N x M; time is two matrix products of N x M x D. 1,024 suits
     the caches of a CPU (8 s for 20,000 x 20,000 x 256 on one core, half the time of 4,096).
 
+    `shared`: all ranks call it, with equal features; each walks its part of the rows, and all get the scores, which are
+    those of one process.
+
     Raises `UserError` for features that are not finite, or whose sizes contradict each other.
     """
     image_ND, text_MD = unit_rows(image_features_ND, "image"), unit_rows(text_features_MD, "text")
@@ -243,7 +251,8 @@ def retrieval_scores(
         if given is not None and len(given) != expected:
             raise UserError(f"{name} has {len(given):,} entries, expected {expected:,}: one per row of the features")
     group = np.arange(N) if group_N is None else np.unique(integers(group_N, "group_N"), return_inverse=True)[1]
-    pairs = _Pairs(image_ND, text_MD, group, group[owner_M], chunk, quiet)
+    who = world.connected() if shared else ALONE
+    pairs = _Pairs(image_ND, text_MD, group, group[owner_M], chunk, quiet, who)
     best_N, best_M, histogram, cosine_pos, cosine_neg = pairs.best_positives()
     rank_N, rank_M = pairs.ranks(best_N, best_M)
     unit_N = unit_numbers(units, N)
@@ -270,22 +279,31 @@ def retrieval_scores(
 
 
 class _Pairs:
-    """The N x M matrix of cosines, walked tile by tile; both passes see the very same numbers."""
+    """The N x M matrix of cosines, walked tile by tile; both passes see the very same numbers. Each rank of `who` walks
+    a run of its rows, cut as for one process, and what they found is joined."""
 
     def __init__(
-        self, image_ND: Tensor, text_MD: Tensor, group_N: np.ndarray, group_M: np.ndarray, chunk: int, quiet: bool
+        self,
+        image_ND: Tensor,
+        text_MD: Tensor,
+        group_N: np.ndarray,
+        group_M: np.ndarray,
+        chunk: int,
+        quiet: bool,
+        who: world.World,
     ) -> None:
+        self.who = who
         self.image_ND, self.text_MD, self.group_M, self.chunk, self.quiet = image_ND, text_MD, group_M, chunk, quiet
+        tops = range(0, len(image_ND), chunk)
+        own = tops[slice(*share(len(tops), who.rank, who.world_size))]
+        self.starts = [(r, c) for r in own for c in range(0, len(text_MD), chunk)]
         self.row_group_N = torch.from_numpy(group_N).to(image_ND.device)
         self.column_group_M = torch.from_numpy(group_M).to(image_ND.device)
 
     def _tiles(self, description: str) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         """Yields rows, columns, their cosines (float32) and which of them are positives (bool)."""
-        starts = [
-            (r, c) for r in range(0, len(self.image_ND), self.chunk) for c in range(0, len(self.text_MD), self.chunk)
-        ]
         with full_float32(self.image_ND.device.type):
-            for r, c in progress(starts, unit="tile", description=description, quiet=self.quiet):
+            for r, c in progress(self.starts, unit="tile", description=description, quiet=self.quiet):
                 rows, columns = slice(r, r + self.chunk), slice(c, c + self.chunk)
                 cosine = (self.image_ND[rows] @ self.text_MD[columns].T).clamp_(-1, 1)
                 yield rows, columns, cosine, self.row_group_N[rows, None] == self.column_group_M[None, columns]
@@ -297,19 +315,23 @@ class _Pairs:
         best_N = torch.full((len(self.image_ND),), -torch.inf, device=device)
         best_M = torch.full((len(self.text_MD),), -torch.inf, device=device)
         counts = torch.zeros(2, HISTOGRAM_BINS, dtype=torch.int64, device=device)
-        sums = []
-        for rows, columns, cosine, positive in self._tiles("best positives"):
+        # In one tensor: thousands of small ones, made between tiles, would keep the heap from using their places again.
+        sums = torch.zeros(len(self.starts), device=device)
+        for tile, (rows, columns, cosine, positive) in enumerate(self._tiles("best positives")):
             masked = cosine.where(positive, -torch.inf)
             best_N[rows] = best_N[rows].maximum(masked.amax(1))
             best_M[columns] = best_M[columns].maximum(masked.amax(0))
             of_positives = cosine[positive]
-            sums.append(of_positives.sum())
+            sums[tile] = of_positives.sum()
             counts[0] += _binned(of_positives)
             counts[1] += _binned(cosine.flatten())
-        positives, everything = counts.cpu().numpy()
+        best_N, best_M = (self._over_ranks(best, world.max_over_ranks) for best in (best_N, best_M))
+        positives, everything = self._over_ranks(counts, world.sum_over_ranks).cpu().numpy()
+        # In the order of the tiles, so that the sum is that of one process to the last bit.
+        of_tiles = self._over_ranks(sums, _all_rows)
         edges = tuple(np.linspace(-1, 1, HISTOGRAM_BINS + 1).round(6).tolist())
         histogram = Histogram(edges, tuple(positives.tolist()), tuple((everything - positives).tolist()))
-        positive_sum = float(torch.stack(sums).cpu().double().sum())
+        positive_sum = float(of_tiles.cpu().double().sum())
         # The sum over all pairs needs no pair: Σ_ij x_i·y_j = (Σ_i x_i)·(Σ_j y_j).
         everything_sum = float(_column_sums(self.image_ND) @ _column_sums(self.text_MD))
         negatives = sum(histogram.negative)
@@ -323,6 +345,7 @@ class _Pairs:
             negative = ~positive
             above_N[rows] += ((cosine >= best_N[rows, None] - TIE_TOLERANCE) & negative).sum(1)
             above_M[columns] += ((cosine >= best_M[None, columns] - TIE_TOLERANCE) & negative).sum(0)
+        above_N, above_M = (self._over_ranks(above, world.sum_over_ranks) for above in (above_N, above_M))
         rank_N, rank_M = (
             torch.where(best.isfinite(), above + 1, 0).cpu().numpy()
             for best, above in ((best_N, above_N), (best_M, above_M))
@@ -341,12 +364,25 @@ class _Pairs:
         query_group, gallery_group = self.row_group_N, self.column_group_M
         if by_text:
             query_group, gallery_group = gallery_group, query_group
-        found = [
+        empty = torch.zeros(0, dtype=torch.float64, device=queries.device)
+        found = [(empty, empty.reshape(0, len(ks)))]
+        found += [
             precision_of(positive_ranks(cosine, query_group[rows, None] == gallery_group[None, :]), ks)
-            for rows, cosine in strips(queries, gallery)
+            for rows, cosine in strips(queries, gallery, self.who)
         ]
-        average_Q, at_QK = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
+        average_Q, at_QK = (
+            self._over_ranks(torch.cat(parts), _all_rows).cpu().numpy() for parts in zip(*found, strict=True)
+        )
         return average_Q, at_QK
+
+    def _over_ranks(self, values: Tensor, join: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.who.world_size == 1:
+            return values
+        return join(values.to(world.collective_device(values.device))).to(values.device)
+
+
+def _all_rows(rows_bX: Tensor) -> Tensor:
+    return world.gather_rows(rows_bX, equal=False)
 
 
 def _binned(cosines: Tensor) -> Tensor:
@@ -387,6 +423,7 @@ def _direction(
         mean_reciprocal_rank=float((1 / rank).mean()),
         ranks_Q=rank_Q,
         mean_average_precision=found.get("mAP"),
+        average_precision_Q=None if precise is None else precise[0],
         precision={k: found[f"P@{k}"] for k in ks} if precise is not None else {},
         positives=float(positives.mean()),
     )

@@ -153,8 +153,8 @@ def subgroup_scores(
             inside = value_Q == value
             statistics: dict[str, Statistic] = {}
             for name, statistic in one.statistics.items():
-                statistics[f"inside {name}"] = _within(statistic, inside)
-                statistics[f"outside {name}"] = _within(statistic, ~inside)
+                statistics[f"inside {name}"] = within(statistic, inside)
+                statistics[f"outside {name}"] = within(statistic, ~inside)
             found = resampled(statistics, unit_Q, bootstrap=bootstrap, seed=seed)
             for name in one.statistics:
                 (own, own_R), (other, other_R) = (found[f"{side} {name}"] for side in ("inside", "outside"))
@@ -200,5 +200,6 @@ def _names(values_N: Sequence[Any]) -> list[str]:
     return [NOT_GIVEN if value in (None, "") else str(value) for value in values_N]
 
 
-def _within(statistic: Statistic, rows: np.ndarray) -> Statistic:
+def within(statistic: Statistic, rows: np.ndarray) -> Statistic:
+    """The statistic of these queries alone, bool [Q]; what they rank stays whole."""
     return lambda times_rQ: statistic(times_rQ * rows)

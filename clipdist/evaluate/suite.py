@@ -1,9 +1,10 @@
 """The parts of an evaluation beside retrieval over the full gallery, each only when it is asked for."""
 
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,7 +12,11 @@ from clipdist.data.shards import ShardSet
 from clipdist.errors import UserError
 from clipdist.evaluate.embed import Embeddings, embed_split
 from clipdist.evaluate.estimates import Measured
-from clipdist.model.saved import SavedModel
+from clipdist.evaluate.leaks import Evaluated, Leaks, find_leaks, trained_on
+from clipdist.model.saved import Saved, SavedModel
+
+if TYPE_CHECKING:
+    from clipdist.evaluate.classifier import Predictions
 
 
 @dataclass(frozen=True)
@@ -52,30 +57,34 @@ class Asked:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the evaluation: `body` stands under `name` in its JSON, `table` on the terminal."""
+    """A part of the evaluation: `body` stands under `name` in its JSON, `table` on the terminal, `outcomes` in the file
+    of single queries."""
 
     name: str
     body: Any
     table: str
     measured: dict[str, Measured] = field(default_factory=dict)
+    outcomes: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Suite:
-    """Measures one model on one split; `embeddings` and `retrieval` are those of the split's full gallery."""
+    """Measures one model on one split; `embeddings` are those of the split's full gallery.
+
+    All ranks construct it, which embeds the other splits that are asked for; `parts` is for one of them."""
 
     def __init__(
         self, asked: Asked, saved: SavedModel, shard_set: ShardSet, embeddings: Embeddings, group: np.ndarray | None
     ) -> None:
-        self.asked, self.saved, self.shard_set, self.embeddings, self.group = asked, saved, shard_set, embeddings, group
+        self.asked, self.saved, self.embeddings, self.group = asked, saved, embeddings, group
         self.scale = 1 / saved.temperature
         self.units = units_of(embeddings.fields, asked.unit)
-        self.others: dict[str, Embeddings] = {}
+        # A field that cannot be used is named before anything takes time.
+        self.values = values_of(embeddings.fields, asked.by)
+        splits = dict.fromkeys(asked.splits()[1:])
+        self.others = {split: embed_for(asked, saved, shard_set, split) for split in splits}
 
     def parts(self, retrieval: Mapping[str, Measured]) -> list[Part]:
         """All parts asked for, in the order in which they are shown; subgroups see the scores of all before them."""
-        values = values_of(
-            self.embeddings.fields, self.asked.by
-        )  # a field that cannot be used is named before anything takes time
         found = [
             *([self.in_batch(self.asked.in_batch)] if self.asked.in_batch else []),
             *([self.pool(self.asked.pool)] if self.asked.pool else []),
@@ -85,7 +94,7 @@ class Suite:
         measured = dict(retrieval)
         for part in found:
             measured |= part.measured
-        return [*found, *([subgroups_part(measured, values, self._resampled())] if values else [])]
+        return [*found, *([subgroups_part(measured, self.values, self._resampled())] if self.values else [])]
 
     def in_batch(self, batch: int) -> Part:
         from clipdist.evaluate.pools import in_batch_scores
@@ -113,6 +122,7 @@ class Suite:
     def zero_shot(self, by: str) -> list[Part]:
         from clipdist.evaluate.classification import classification_scores
         from clipdist.evaluate.cosines import TIE_TOLERANCE
+        from clipdist.evaluate.outcomes import outcomes_of_classes
         from clipdist.evaluate.zero_shot import TEMPLATES, class_features, class_logits, labels_of, read_classes
 
         names = read_classes(self.asked.classes) if self.asked.classes else None
@@ -128,7 +138,8 @@ class Suite:
         scores = classification_scores(logits_NC, label_N, shown, tolerance=tolerance, **self._resampled())
         about = {"field": by, "prompts": prompts, "templates": templates, "left_out": left_out, "scale": self.scale}
         table = "\n".join([scores.table(f"zero-shot by {by}"), *left_out_line(left_out)])
-        found = [Part("zero_shot", {**scores.to_dict(), **about}, table, {"zero_shot": scores.measured})]
+        outcomes = outcomes_of_classes("zero_shot", logits_NC, label_N, tolerance)
+        found = [Part("zero_shot", {**scores.to_dict(), **about}, table, {"zero_shot": scores.measured}, outcomes)]
         if self.asked.calibrate:
             found.append(self._calibration(self.asked.calibrate, by, classes, class_CD, logits_NC, label_N, tolerance))
         return found
@@ -146,7 +157,7 @@ class Suite:
         from clipdist.evaluate.calibration import calibrated, ends_at_bound, fit_temperature
         from clipdist.evaluate.zero_shot import class_logits, labels_of
 
-        held = self._embedded(split)
+        held = self.others[split]
         T = fit_temperature(
             class_logits(held.image_features_ND, class_CD, self.scale), labels_of(held.fields, by, classes)[0]
         )
@@ -165,7 +176,7 @@ class Suite:
         from clipdist.evaluate.probe import label_matrix, probe_scores, probe_table
         from clipdist.evaluate.zero_shot import labels_of
 
-        train, fields = self._embedded(self.asked.probe_train), list(self.asked.probe)
+        train, fields = self.others[self.asked.probe_train], list(self.asked.probe)
         left_out: dict[str, int] = {}
         labels: Any
         train_labels: Any
@@ -211,11 +222,6 @@ class Suite:
         assert embeddings.tower_features_NF is not None
         return embeddings.tower_features_NF
 
-    def _embedded(self, split: str) -> Embeddings:
-        if split not in self.others:
-            self.others[split] = embed_for(self.asked, self.saved, self.shard_set, split)
-        return self.others[split]
-
 
 def embed_for(asked: Asked, saved: SavedModel, shard_set: ShardSet, split: str) -> Embeddings:
     """A split's features, with the tower's own where probes want them. Raises `UserError` when nothing is readable."""
@@ -230,6 +236,38 @@ def embed_for(asked: Asked, saved: SavedModel, shard_set: ShardSet, split: str) 
         place = shard_set.location
         raise UserError(f"{place}, split {split}: no readable sample; run: clipdist verify {place}")
     return embeddings
+
+
+def described(args: Namespace, shard_set: ShardSet, saved: Saved, units: Sequence[Any] | None) -> dict[str, Any]:
+    """What an evaluation belongs to, for its JSON."""
+    return {
+        "data": args.data,
+        "data_digest": shard_set.manifest.digest,
+        "split": args.split,
+        "split_digest": shard_set.split(args.split).digest,
+        "model": str(args.model),
+        "model_digest": saved.digest,
+        "unit": args.unit if units else None,
+        "seed": args.seed,
+    }
+
+
+def leaks_of(
+    args: Namespace,
+    shard_set: ShardSet,
+    saved: Saved,
+    found: "Embeddings | Predictions",
+    measured: Mapping[str, Measured],
+    units: Sequence[Any] | None,
+) -> Leaks:
+    """What the model has seen of the evaluated images in training, and the scores of the others; `found` holds the
+    images' `numbers_N`, `keys` and `fields`."""
+    split = shard_set.split(args.split)
+    evaluated = Evaluated(shard_set, split, found.numbers_N, found.keys, found.fields, args.unit)
+    trained = trained_on(args.model, saved.about)
+    leaks = find_leaks(evaluated, trained, saved.about.get("val_split"), level=args.audit, workers=args.workers)
+    leaks.rescore(measured, units=units, bootstrap=args.bootstrap, seed=args.seed)
+    return leaks
 
 
 def units_of(fields: Sequence[Mapping[str, Any]], unit: str) -> list[Any] | None:

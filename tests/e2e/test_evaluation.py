@@ -65,7 +65,7 @@ def test_every_table_names_its_gallery(evaluated: tuple[Path, str]) -> None:
     kinds = {
         f"shapes-train-{kind}.png" for kind in ("recall", "cosines", "confusion", "reliability", "probes", "subgroups")
     }
-    assert named == {"shapes-train.json", "report.html", *kinds}
+    assert named == {"shapes-train.json", "shapes-train.npz", "report.html", *kinds}
     for name in kinds:
         with Image.open(evaluated[0] / "evaluation" / name) as plot:
             assert np.asarray(plot.convert("L")).min() < 160, f"{name} is blank"
@@ -140,6 +140,8 @@ def test_the_report_shows_all_parts(evaluated: tuple[Path, str], body: dict[str,
     for title in (*titles, "Each class", "Calibration", "Probes", "By label"):
         assert f"<h2>{title}</h2>" in page
     assert f"{body['zero_shot']['top-1']['value']:.3f}" in page
+    assert "These are the images that the model was trained on" in page
+    assert body["leaks"]["same_split"]
     assert "Not in this report" not in page
     main("report", evaluated[0])
     again = (evaluated[0] / "report.html").read_text(encoding="utf-8")

@@ -110,14 +110,14 @@ def test_what_makes_a_score_not_independent_is_told(
     chosen = evaluate(run, trained / "colours", "--split", "val")
     remembered = evaluate(run, trained / "colours", "--split", "train")
     fresh = evaluate(run, trained / "colours", "--unit", "shape")
-    assert any("chose the model and its temperature" in note for note in chosen["notes"])
-    assert any("of a unit that the training split has, too" in note for note in chosen["notes"])
-    assert remembered["notes"] == [
+    assert any("chose the model during training" in note for note in chosen["leaks"]["notes"])
+    assert any("of a unit that the training split has, too" in note for note in chosen["leaks"]["notes"])
+    assert remembered["leaks"]["notes"] == [
         "These are the images that the model was trained on: the score says how well it remembers them."
     ]
-    assert fresh["notes"][0].startswith("40 of 40 images are of a shape that the training split has, too")
-    assert fresh["notes"][0] in capsys.readouterr().out
-    assert fresh["notes"][0] in text_of(run / "report.html")
+    assert fresh["leaks"]["notes"][0].startswith("40 of 40 images are of a shape that the training split has, too")
+    assert fresh["leaks"]["notes"][0] in capsys.readouterr().out
+    assert fresh["leaks"]["notes"][0] in text_of(run / "report.html")
 
 
 def test_images_without_a_class_of_the_models_are_left_out_and_counted(
@@ -129,7 +129,8 @@ def test_images_without_a_class_of_the_models_are_left_out_and_counted(
     assert body["classification"]["rows"] == 38
     assert body["classification"]["left_out"] == {"colour=mauve": 1, "no colour": 1}
     assert "left out, 2: " in capsys.readouterr().out
-    assert body["notes"] == [], "another set than the one that it was trained on"
+    (note,) = body["leaks"]["notes"]
+    assert "training split has, too (by their names: it is another set)" in note
     assert "Images left out, since the model has no such class or they name none: 2" in text_of(run / "report.html")
 
 

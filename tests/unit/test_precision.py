@@ -77,6 +77,20 @@ def test_recall_with_several_captions_is_clip_benchmarks():
         assert 0.1 < direction.recall[5].value < 0.9
 
 
+def test_mean_average_precision_of_class_prompts_is_clip_benchmarks():
+    """Its `average_precision_per_class`: the mean precision at the images of a class, in the order of their scores."""
+    rng = np.random.default_rng(4)
+    classes, label = rng.normal(size=(7, 8)), rng.integers(7, size=300)
+    image = classes[label] + 2 * rng.normal(size=(300, 8))
+    owner = np.array([np.flatnonzero(label == one)[0] for one in range(7)])
+    scores = retrieval_scores(image, classes, owner, group_N=label, precision=True, bootstrap=0)
+    theirs = []
+    for number in range(7):
+        right = (label == number)[np.argsort(-(unit(image) @ unit(classes)[number]))]
+        theirs.append((right.cumsum() / np.arange(1, 301))[right].sum() / right.sum())
+    assert scores.text_to_image.mean_average_precision.value == pytest.approx(np.mean(theirs), abs=1e-5)
+
+
 def test_with_one_right_answer_it_says_what_the_rank_says():
     rng = np.random.default_rng(1)
     scores = retrieval_scores(rng.normal(size=(60, 4)), rng.normal(size=(60, 4)), np.arange(60), precision=True)

@@ -12,6 +12,7 @@ from clipdist.data.shards import ShardSet, Split
 from clipdist.errors import UserError
 from clipdist.evaluate.classifier import Classified, Predictions, Temperature, predict_split
 from clipdist.evaluate.examples import Mistake
+from clipdist.evaluate.relevance_pictures import looker_of
 from clipdist.evaluate.suite import Part, left_out_line, subgroups_part, units_of, values_of
 from clipdist.evaluate.zero_shot import labels_of
 from clipdist.model.saved_classifier import SavedClassifier
@@ -40,6 +41,7 @@ class ClassifierEvaluation:
 
     def __init__(self, args: argparse.Namespace, shard_set: ShardSet, saved: SavedClassifier) -> None:
         self.args, self.saved, self.split = args, saved, shard_set.split(args.split)
+        self.looker = looker_of(args.relevance, saved)
         self.found: Predictions = predict_split(saved.model, self.split, workers=args.workers)
         fields, field = self.found.fields, saved.labels.field
         values = values_of(fields, args.by)  # a field that cannot be used is named before anything takes time
@@ -132,4 +134,8 @@ class ClassifierEvaluation:
         """The run's report anew, with the worst mistakes in pictures."""
         from clipdist.evaluate.report import write_report
 
-        return write_report(run, mistakes=self.mistakes(self.args.examples), scores=self.body)
+        mistakes = self.mistakes(self.args.examples)
+        if self.looker:
+            mistakes = self.looker.mistakes(mistakes)
+        told = self.looker.in_words if self.looker else ""
+        return write_report(run, mistakes=mistakes, relevance=told, scores=self.body)

@@ -67,6 +67,17 @@ def class_relevances(
         return _maps(saved, image, lambda features_1C: model.head(features_1C.float())[0, chosen], method)
 
 
+def stands_for(saved: Saved, method: str) -> str:
+    """`attention`, `grad-cam` or `rollout`: what the method is for this model's tower.
+
+    Raises `UserError` when its tower cannot have it.
+    """
+    tower = saved.model.image
+    blank_3HW = torch.zeros(3, tower.side, tower.side, dtype=torch.uint8, device=saved.device)
+    with undisturbed(saved.model):
+        return relevance(tower, blank_3HW, lambda features_1C: features_1C[0, :1], method)[1]
+
+
 def _maps(saved: Saved, image: ImageLike, scores: Callable[[Tensor], Tensor], method: str) -> np.ndarray:
     tower = saved.model.image
     found_Mgg, _ = relevance(tower, saved.preprocess(image).to(saved.device), scores, method)
@@ -97,5 +108,5 @@ def overlay(image: Image.Image, relevance_SS: np.ndarray) -> Image.Image:
     strength_SS1 = np.clip(relevance_SS, 0, 1)[:, :, None].astype(np.float32)
     grey = np.asarray(image.convert("L").convert("RGB"), np.float32)
     colour = matplotlib.colormaps["plasma"](strength_SS1[:, :, 0])[:, :, :3] * 255
-    share = 0.75 * np.sqrt(strength_SS1)  # what is a third as relevant must still be seen
+    share = 0.85 * strength_SS1
     return Image.fromarray((grey * (1 - share) + colour * share).round().astype(np.uint8))

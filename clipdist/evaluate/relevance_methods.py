@@ -111,18 +111,18 @@ def relevance(
     for modules in _watched(tower.model):
         seen = Seen()
         features_1C = _watch(tower, modules, pixels_3HW, seen)
-        can = {"attention": _Tokens.of(seen, tower), "grad-cam": [one for one in seen.features if _cells(one, tower)]}
-        if can["grad-cam"]:
+        maps = [one for one in seen.features if _cells(one, tower)]
+        if maps:
             break
     else:
         raise UserError(f"relevance: the image tower ({name}) has no feature map with places, so there is none to show")
-    tokens = can["attention"]
+    tokens = _Tokens.of(seen, tower)
     if method == "gradient":
         method = "attention" if tokens else "grad-cam"
     scores_M = scores(features_1C)
     if method == "grad-cam":
-        return _grad_cam(scores_M, can["grad-cam"], tower), method
-    if not isinstance(tokens, _Tokens):
+        return _grad_cam(scores_M, maps, tower), method
+    if tokens is None:
         raise UserError(
             f"method {method!r}: found an image tower ({name}) whose blocks do not all attend from each token to each "
             f"other; expected gradient or grad-cam for it"

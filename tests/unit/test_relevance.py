@@ -328,16 +328,18 @@ def on_the_shape(saved: SavedModel) -> tuple[float, float]:
 
 def test_relevance_lies_on_what_the_text_names(sees_shapes: SavedModel) -> None:
     share, area = on_the_shape(sees_shapes)
-    assert share > 2.5 * area
-    assert moves_with_the_text(sees_shapes) > 0.8, "24 pictures: by chance once in two thousand"
+    assert share > 3 * area
+    assert moves_with_the_text(sees_shapes) > 0.8, "of 24 pictures: by chance once in a thousand"
 
 
-def test_maps_change_when_weights_are_randomised(sees_shapes: SavedModel, text_side: SavedModel) -> None:
+def test_maps_change_when_weights_are_randomised(sees_shapes: SavedModel) -> None:
     # Adebayo et al. 2018: a map that stays the same shows edges of the picture, not what the model has learned.
+    torch.manual_seed(0)
     image = ImageTower(sees_shapes.model.config.image)
     model = DualEncoder(sees_shapes.model.config, image, sees_shapes.model.text).eval()
     random = SavedModel(model, sees_shapes.tokenizer, {}, {}, CPU)
-    assert abs(moves_with_the_text(random) - 0.5) < 0.3
+    assert on_the_shape(random)[0] < 0.6 * on_the_shape(sees_shapes)[0]
+    assert moves_with_the_text(random) <= 0.75
     alike = []
     for seed in range(8):
         both, texts = two_shapes(seed)

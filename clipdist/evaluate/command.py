@@ -201,9 +201,8 @@ class Evaluation:
         from clipdist.train.validate import groups_of
 
         self.args, self.split = args, shard_set.split(args.split)
-        self.looker = looker_of(
-            args.relevance, saved
-        )  # a method that cannot be had is named before anything takes time
+        # Here, so that a method that cannot be had is named before anything takes time.
+        self.looker = looker_of(args.relevance, saved)
         self.groups_by = args.groups or saved.about.get("groups", "caption")
         asked = _asked(args, self.groups_by, templates)
         self.embeddings = embeddings = embed_for(asked, saved, shard_set, args.split)

@@ -36,8 +36,8 @@ def relevance_map(saved: SavedModel, image: ImageLike, text: str, method: str = 
 
 def relevance_maps(saved: SavedModel, image: ImageLike, texts: Sequence[str], method: str = "gradient") -> np.ndarray:
     """float32 [texts, side, side]: `relevance_map` of each text, by one forward pass."""
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"relevance: found {texts!r}, expected texts")
+    if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"relevance: found {texts!r}, expected one text or more in a list")
     model = saved.model
     with undisturbed(model):
         text_features_MD = torch.from_numpy(saved.encode_text(texts)).to(saved.device)
@@ -58,6 +58,8 @@ def class_relevances(
     saved: SavedClassifier, image: ImageLike, names: Sequence[str], method: str = "gradient"
 ) -> np.ndarray:
     """float32 [names, side, side]: `class_relevance` of each class, by one forward pass."""
+    if isinstance(names, str) or not names:
+        raise UserError(f"relevance: found {names!r}, expected one class or more in a list")
     for name in names:
         if name not in saved.names:
             near = difflib.get_close_matches(str(name), saved.names, n=5, cutoff=0) or saved.names[:5]

@@ -224,8 +224,11 @@ def test_a_classifier_is_asked_by_the_names_of_its_classes() -> None:
 def test_what_cannot_be_asked_is_refused(text_side: SavedModel) -> None:
     with pytest.raises(UserError, match="found 'magic', expected one of gradient, attention, grad-cam, rollout"):
         relevance_map(text_side, RED, TEXT, "magic")
-    with pytest.raises(UserError, match="expected texts"):
-        relevance_maps(text_side, RED, TEXT)
+    for nothing in (TEXT, [], [3]):
+        with pytest.raises(UserError, match="expected one text or more in a list"):
+            relevance_maps(text_side, RED, nothing)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="expected one class or more in a list"):
+        class_relevances(classifier(tower("test_resnet")), RED, [])
     with pytest.raises(UserError, match=r"missing\.png"):
         relevance_map(text_side, "missing.png", TEXT)
 

@@ -12,6 +12,7 @@ from clipdist.evaluate.classifier import Classified, Predictions, Temperature, p
 from clipdist.evaluate.cosines import TIE_TOLERANCE
 from clipdist.evaluate.examples import Mistake
 from clipdist.evaluate.outcomes import Outcomes, outcomes_of_classes
+from clipdist.evaluate.relevance_pictures import looker_of
 from clipdist.evaluate.suite import Part, described, leaks_of, left_out_line, subgroups_part, units_of, values_of
 from clipdist.evaluate.zero_shot import labels_of
 from clipdist.model.saved_classifier import SavedClassifier
@@ -40,6 +41,7 @@ class ClassifierEvaluation:
 
     def __init__(self, args: argparse.Namespace, shard_set: ShardSet, saved: SavedClassifier) -> None:
         self.args, self.shard_set, self.saved, self.split = args, shard_set, saved, shard_set.split(args.split)
+        self.looker = looker_of(args.relevance, saved)
         self.found: Predictions = predict_split(saved.model, self.split, workers=args.workers)
 
     def score(self) -> None:
@@ -106,4 +108,8 @@ class ClassifierEvaluation:
         """The run's report anew, with the worst mistakes in pictures."""
         from clipdist.evaluate.report import write_report
 
-        return write_report(run, mistakes=self.mistakes(self.args.examples), scores=self.body)
+        mistakes = self.mistakes(self.args.examples)
+        if self.looker:
+            mistakes = self.looker.mistakes(mistakes)
+        told = self.looker.in_words if self.looker else ""
+        return write_report(run, mistakes=mistakes, relevance=told, scores=self.body)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clipdist.evaluate.examples import Mistake, thumbnail_uri
+from clipdist.evaluate.examples import Mistake, look_uris, thumbnail_uri
 from clipdist.evaluate.subgroups import shown_name
 
 VALIDATION = "the validation that chose the model"
@@ -103,6 +103,7 @@ def pictures(mistakes: Sequence[Mistake]) -> list[dict[str, Any]]:
         {
             "key": one.key,
             "image": thumbnail_uri(one.image, 320),
+            "looks": look_uris(one.looks, 160),
             "label": one.label,
             "given": one.given,
             "probability": one.probability,

@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples; 0: no intervals; default: 1000")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn; default: 0")
     parser.add_argument("--examples", type=int, default=20, help="images shown in the report; default: 20")
+    parser.add_argument(
+        "--relevance",
+        choices=("gradient", "attention", "grad-cam", "rollout", "off"),
+        default="gradient",
+        help="how the report shows what of an image speaks for a text; default: gradient, what suits the image tower",
+    )
     parser.add_argument("--workers", type=int, default=2, help="loader processes; default: 2")
     parser.add_argument("--out", type=Path, help="folder for JSON and plots; default: evaluation/ beside the model")
     parser.add_argument("--device", help="cpu or cuda; default: a GPU when there is one")
@@ -228,11 +234,14 @@ class Evaluation:
     """Scores of one model on one split, and what is written about them. All ranks construct it; one goes on."""
 
     def __init__(self, args: argparse.Namespace, shard_set: ShardSet, saved: Any, templates: Sequence[str]) -> None:
+        from clipdist.evaluate.relevance_pictures import looker_of
         from clipdist.evaluate.retrieval import retrieval_scores
         from clipdist.evaluate.suite import Suite, embed_for, units_of
         from clipdist.train.validate import groups_of
 
         self.args, self.shard_set, self.saved, self.split = args, shard_set, saved, shard_set.split(args.split)
+        # Here, so that a method that cannot be had is named before anything takes time.
+        self.looker = looker_of(args.relevance, saved)
         self.groups_by = args.groups or saved.about.get("groups", "caption")
         asked = _asked(args, self.groups_by, templates)
         self.embeddings = embeddings = embed_for(asked, saved, shard_set, args.split)
@@ -281,22 +290,18 @@ class Evaluation:
 
     def report(self, run: Path) -> Path:
         """The run's report anew, with examples."""
-        from clipdist.evaluate.examples import draw_examples
+        from clipdist.evaluate.examples import Gallery
         from clipdist.evaluate.report import write_report
 
-        embeddings = self.embeddings
-        images, captions = draw_examples(
-            embeddings.image_features_ND,
-            embeddings.text_features_MD,
-            embeddings.text_owner_M,
-            self.scores,
-            texts=embeddings.texts,
-            keys=embeddings.keys,
-            load_image=lambda row: self.split.read(int(embeddings.numbers_N[row])).image,
-            group_N=self.group,
-            images=max(1, self.args.examples),
+        gallery = Gallery.of(self.embeddings, self.scores, self.split, self.group)
+        images, captions = gallery.draw(max(1, self.args.examples))
+        worst = gallery.worst()
+        if self.looker:
+            images, worst = self.looker.examples(images), self.looker.examples(worst)
+        told = self.looker.in_words if self.looker else ""
+        return write_report(
+            run, examples=images, caption_examples=captions, worst=worst, relevance=told, scores=self.body
         )
-        return write_report(run, examples=images, caption_examples=captions, scores=self.body)
 
 
 def _write_evaluation(args: argparse.Namespace, evaluation: Any) -> list[Path]:

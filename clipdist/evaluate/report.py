@@ -25,7 +25,7 @@ import clipdist
 from clipdist.data.shards import write_atomically
 from clipdist.errors import UserError
 from clipdist.evaluate import classifier_page, plots
-from clipdist.evaluate.examples import CaptionExample, Example, Mistake, thumbnail_uri
+from clipdist.evaluate.examples import CaptionExample, Example, Mistake, look_uris, thumbnail_uri
 from clipdist.evaluate.sections import FIGURES, sections
 from clipdist.train.records import BAD_SAMPLES, METRICS, read_records
 
@@ -39,12 +39,15 @@ def write_report(
     examples: Sequence[Example] = (),
     caption_examples: Sequence[CaptionExample] = (),
     mistakes: Sequence[Mistake] = (),
+    worst: Sequence[Example] = (),
+    relevance: str = "",
     scores: dict[str, Any] | None = None,
     title: str | None = None,
 ) -> Path:
     """Writes `run/report.html` and returns its path; what the run directory lacks is named in it.
 
-    The examples are presented as drawn at random, so draw them so (`draw_examples`). `scores`, of the shape of
+    The examples are presented as drawn at random, so draw them so (`Gallery.draw`), and `worst` as the images furthest
+    from their texts. `relevance` says in words by which method their looks were made. `scores`, of the shape of
     `RetrievalScores.to_dict()` with or without `data`, `split` and `model`, become the headline; otherwise it is the
     evaluation of a split called test, or else the first evaluation, or else the last validation. Those of a classifier
     have the shape of `Classified.body`, and so has what its model folder says of the validation that chose it.
@@ -76,6 +79,8 @@ def write_report(
         curves=_curves(log.records),
         figures=_score_figures(_headline(evaluations)),
         examples=[_example(one) for one in examples],
+        worst=[_example(one) for one in worst],
+        relevance=relevance,
         first=sum(one.rank == 1 for one in examples),
         among=sum(one.rank <= 5 for one in examples),
         caption_examples=[_caption_example(one) for one in caption_examples],
@@ -406,6 +411,7 @@ def _example(example: Example) -> dict[str, Any]:
     return {
         "key": example.key,
         "image": thumbnail_uri(example.image, 420),
+        "looks": look_uris(example.looks, 224),
         "true_texts": list(example.true_texts),
         "ranked": list(example.ranked),
         "rank": example.rank,

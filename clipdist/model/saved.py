@@ -36,6 +36,7 @@ from clipdist.model.tower_model import TowerModel
 from clipdist.model.towers import first_line
 
 if TYPE_CHECKING:
+    from clipdist.model.saved_classifier import SavedClassifier
     from clipdist.publish.zero_shot import ZeroShotClassifier
 
 FORMAT = "clipdist-model"
@@ -128,11 +129,12 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def load(folder: str | Path, device: str | torch.device | None = None) -> Any:
+def load(folder: str | Path, device: str | torch.device | None = None) -> "SavedModel | SavedClassifier":
     """The model in `folder` (`runs/NAME/model`), ready to use: a `SavedModel`, or a `SavedClassifier` where a
     classifier was trained; in evaluation mode, float32, on the GPU when there is one unless `device` says otherwise.
 
-    Everything it needs lies in the folder: nothing is fetched. Called by one process by itself.
+    Everything it needs lies in the folder: nothing is fetched. Called by one process by itself. Where only one of them
+    will do, `load_dual_encoder` and `load_classifier` give that, or say what was found.
 
     Raises `UserError` when the folder is missing, half-written, damaged or of another format version.
     """
@@ -149,9 +151,9 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Any:
         weights = folder / "model.safetensors"
         scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
         if body.get("objective", "contrastive") == "classify":
-            from clipdist.model.saved_classifier import load_classifier
+            from clipdist.model.saved_classifier import rebuild_saved
 
-            return load_classifier(folder, body, scores, device, checksum_file(weights))
+            return rebuild_saved(folder, body, scores, device, checksum_file(weights))
         config = TypeAdapter(ModelConfig).validate_python(body["model"])
         tokenizer = Tokenizer.load(folder / "tokenizer", config.text.max_tokens, config.text.fills)
         model = rebuild_model(config, tokenizer, folder / "text_config")
@@ -171,6 +173,14 @@ def load_dual_encoder(folder: str | Path, device: str | torch.device | None = No
     saved = load(folder, device)
     if not isinstance(saved, SavedModel):
         raise UserError(f"{folder}: found a classifier, which knows no texts; expected a dual encoder")
+    return saved
+
+
+def load_classifier(folder: str | Path, device: str | torch.device | None = None) -> "SavedClassifier":
+    """As `load`; raises `UserError` for a dual encoder, which knows no classes of its own."""
+    saved = load(folder, device)
+    if isinstance(saved, SavedModel):
+        raise UserError(f"{folder}: found a dual encoder, expected a classifier; its zero_shot(names) makes one of it")
     return saved
 
 
@@ -292,7 +302,11 @@ class SavedModel(Saved):
 
 
 def likeliest(probability_NK: np.ndarray, names: Sequence[str], top: int) -> list[list[tuple[str, float]]]:
-    """For each row its `top` likeliest classes, (name, probability), the likeliest first; ties in order."""
+    """For each row its `top` likeliest classes, (name, probability), the likeliest first; ties in order.
+
+    >>> likeliest(np.array([[0.25, 0.5, 0.25]]), ["nevus", "melanoma", "keratosis"], top=2)
+    [[('melanoma', 0.5), ('nevus', 0.25)]]
+    """
     order_NK = np.argsort(-probability_NK, axis=1, kind="stable")[:, :top]
     return [
         [(names[k], float(row[k])) for k in best] for row, best in zip(probability_NK, order_NK.tolist(), strict=True)

@@ -53,7 +53,7 @@ def save_classifier(
     save_folder(folder, model, body, scores, weights, lambda partial: labels.save(partial / LABELS))
 
 
-def load_classifier(
+def rebuild_saved(
     folder: Path, body: dict[str, Any], scores: dict[str, Any], device: torch.device, digest: str
 ) -> "SavedClassifier":
     """`load` calls it, and turns what goes wrong into its errors."""

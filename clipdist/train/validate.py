@@ -9,7 +9,7 @@ from clipdist.data.images.pillow import open_image, to_rgb
 from clipdist.data.shards import Split
 from clipdist.errors import UserError
 from clipdist.evaluate.embed import Embeddings
-from clipdist.evaluate.examples import draw_examples
+from clipdist.evaluate.examples import Gallery
 from clipdist.evaluate.panels import retrieval_panel
 from clipdist.evaluate.retrieval import RetrievalScores, retrieval_scores
 from clipdist.loss.reference import infonce_reference, sigmoid_reference
@@ -106,21 +106,7 @@ def _panel(
     images: int,
     max_pixels: int,
 ) -> np.ndarray:
-    def load(row: int) -> bytes:
-        return split.read(int(embeddings.numbers_N[row])).image
-
-    shown, _ = draw_examples(
-        embeddings.image_features_ND,
-        embeddings.text_features_MD,
-        embeddings.text_owner_M,
-        scores,
-        texts=embeddings.texts,
-        keys=embeddings.keys,
-        load_image=load,
-        group_N=group,
-        images=images,
-        captions=1,
-    )
+    shown, _ = Gallery.of(embeddings, scores, split, group).draw(images, captions=1)
     pictures: list[Any] = [np.asarray(to_rgb(open_image(example.image, max_pixels))) for example in shown]
     return retrieval_panel(
         pictures, [" ".join(example.true_texts) for example in shown], [example.ranked for example in shown]

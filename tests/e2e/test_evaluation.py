@@ -143,9 +143,11 @@ def test_the_report_shows_all_parts(evaluated: tuple[Path, str], body: dict[str,
     assert "These are the images that the model was trained on" in page
     assert body["leaks"]["same_split"]
     assert "Not in this report" not in page
+    assert "Made by Grad-CAM" in page
+    assert page.count("<figcaption>for its own text</figcaption>") == 2 + 6, "of each image that is shown"
     main("report", evaluated[0])
     again = (evaluated[0] / "report.html").read_text(encoding="utf-8")
-    assert again.count("<h2>") == page.count("<h2>") - 2, "all but the examples, which need the data"
+    assert again.count("<h2>") == page.count("<h2>") - 3, "all but the examples and the worst, which need the data"
 
 
 def test_the_same_seed_gives_the_same_scores(
@@ -202,12 +204,3 @@ def test_queries_need_no_shard_set(evaluated: tuple[Path, str], published: Path)
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "Queries against 60 candidates, image → image" in page
     assert "Queries against 60 candidates, text → image" in page
-
-
-def test_the_python_example_of_the_manual_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
-    exec(compile(example, "docs/evaluate.md", "exec"), {})
-    said = capsys.readouterr().out
-    assert "loss in batches of 32" in said
-    assert "by sex" in said

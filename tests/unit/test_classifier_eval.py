@@ -153,6 +153,12 @@ def test_options_that_say_nothing_of_it_are_refused(
     assert re.search(rf"{words[0]}: \S+ is a classifier: .*; leave it out", capsys.readouterr().err)
 
 
+def test_a_map_that_the_tower_cannot_have_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = trained / "runs" / "tiny" / "model"
+    assert main(["eval", str(model), "--data", str(trained / "colours"), "--relevance", "rollout"]) == 2
+    assert re.search(r"--relevance rollout: .*ResNet.*gradient or grad-cam.*--relevance off", capsys.readouterr().err)
+
+
 def test_the_report_shows_curves_calibration_and_mistakes(trained: Path, run: Path) -> None:
     text = text_of(run / "report.html")
     for words in (
@@ -174,6 +180,10 @@ def test_the_report_shows_curves_calibration_and_mistakes(trained: Path, run: Pa
     assert "These scores come from the split that chose" not in text
     assert "Wrong, and sure of it" in text
     assert page.read_text(encoding="utf-8").count('class="card mistake"') == 3
+    assert page.read_text(encoding="utf-8").count("<figcaption>for ") == 3 * 2, "the class given, and the right one"
+    assert "Made by Grad-CAM" in text
+    evaluate(run, trained / "colours", "--examples", "3", "--relevance", "off")
+    assert "<figcaption>for " not in page.read_text(encoding="utf-8")
     assert "resample" in text
     assert text_of(write_report(run)).count("Each class") == 1, "and without the command it shows what it had found"
 

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -16,7 +17,7 @@ from PIL import Image
 
 from clipdist.errors import UserError
 from clipdist.evaluate import plots
-from clipdist.evaluate.examples import CaptionExample, draw_examples, thumbnail_uri
+from clipdist.evaluate.examples import CaptionExample, Gallery, Look, thumbnail_uri
 from clipdist.evaluate.panels import retrieval_panel, thumbnail_panel
 from clipdist.evaluate.report import Example, write_report
 from clipdist.evaluate.retrieval import RetrievalScores, retrieval_scores
@@ -134,11 +135,13 @@ def slim(run: Path) -> Path:
     return run
 
 
-def drawn(images: int = 20) -> tuple[list[Example], list[CaptionExample]]:
+def gallery() -> Gallery:
     keys = [f"skin-{number:04d}" for number in range(GALLERY)]
-    return draw_examples(
-        *features(), np.arange(GALLERY), scored(), texts=TEXTS, keys=keys, load_image=encoded, images=images, captions=4
-    )
+    return Gallery(*features(), np.arange(GALLERY), scored(), TEXTS, keys, encoded)
+
+
+def drawn(images: int = 20) -> tuple[list[Example], list[CaptionExample]]:
+    return gallery().draw(images, captions=4)
 
 
 class Page(HTMLParser):
@@ -324,10 +327,32 @@ def test_examples_are_a_seeded_draw_that_agrees_with_the_scores():
 
 def test_images_without_a_text_are_not_drawn():
     scores = retrieval_scores(np.eye(4), np.eye(4)[:2], [0, 1], bootstrap=0)
-    examples, _ = draw_examples(
-        torch.eye(4), torch.eye(4)[:2], [0, 1], scores, texts=["a", "b"], keys=list("wxyz"), load_image=encoded
-    )
-    assert [example.key for example in examples] == ["w", "x"]
+    shown = Gallery(torch.eye(4), torch.eye(4)[:2], np.array([0, 1]), scores, ["a", "b"], list("wxyz"), encoded)
+    assert [example.key for example in shown.draw()[0]] == ["w", "x"]
+    assert shown.worst() == []
+
+
+def test_the_worst_are_those_whose_own_text_ranks_lowest():
+    worst = gallery().worst(5)
+    ranks = scored().image_to_text.ranks_Q
+    assert [one.rank for one in worst] == sorted(ranks.tolist(), reverse=True)[:5]
+    for one in worst:
+        assert one.rank == ranks[int(one.key.removeprefix("skin-"))] > 1
+        assert not one.ranked[0][2]
+    assert all(one.rank > 1 for one in gallery().worst(GALLERY)), "what is right is no mistake"
+
+
+def test_looks_and_the_worst_are_shown_and_said_to_be_picked(slim):
+    look = Look("<b>its own text</b>", Image.new("RGB", (400, 400), "orange"))
+    worst = [replace(one, looks=[look, look]) for one in gallery().worst(3)]
+    _, page, text = read(write_report(slim, worst=worst, examples=worst[:1], relevance="Made by tests."))
+    assert "Furthest from right The 3 images whose own text ranks lowest: picked for how wrong they are." in text
+    assert text.count("for <b>its own text</b>") == 2 * 4
+    assert text.count("Made by tests.") == 1
+    assert all(reference.startswith("data:image/") for reference in page.references)
+    _, _, text = read(write_report(slim, worst=worst[:0], examples=gallery().draw(2)[0]))
+    assert "Furthest from right" not in text
+    assert "what the tower sees" not in text
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])

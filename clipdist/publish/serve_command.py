@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     local = ipaddress.ip_address(listening.getsockname()[0]).is_loopback
     names = {*LOOPBACK_NAMES, args.host.lower(), *(name.lower() for name in args.allow_host)}
     app = make_app(service, hosts=frozenset(names) if local or args.allow_host else None)
-    announce(args, listening, service, local)
+    announce(listening, service, local)
     # After its graceful end uvicorn raises the signal once more, for whoever handled it before.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
@@ -123,7 +123,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def announce(args: argparse.Namespace, listening: socket.socket, service: "Service", local: bool) -> None:
+def announce(listening: socket.socket, service: "Service", local: bool) -> None:
     from clipdist.cluster.board_command import user
 
     address, port = listening.getsockname()[:2]

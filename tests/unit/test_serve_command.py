@@ -19,9 +19,9 @@ from clipdist.cluster.board_command import user
 from clipdist.errors import UserError
 from clipdist.model.saved import save_model
 from clipdist.publish.serve import server, setup
-from clipdist.publish.serve_command import LIMITS, listen
+from clipdist.publish.serve_command import LIMITS, announce, listen
 from tests.conftest import SHAPES, picture
-from tests.unit.serving import FakeGallery, classifier, dual_encoder
+from tests.unit.serving import FakeGallery, classifier, dual_encoder, make_service
 from tests.unit.test_board import listening
 
 RED = picture("red", "square", "left")
@@ -189,14 +189,29 @@ def test_a_gallery_of_another_model_is_refused(
     assert "another model" in refused(capsys, model, "--gallery", tmp_path)
 
 
-def test_captions_come_from_the_gallery(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_that_others_reach_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    service = make_service()
+    with listen("0.0.0.0", 0) as everywhere, listen("127.0.0.1", 0) as here:
+        announce(everywhere, service, local=False)
+        said = capsys.readouterr()
+        assert "can be reached from other machines; there is no password and no encryption" in said.err
+        assert "ssh" not in said.out
+        announce(here, service, local=True)
+        said = capsys.readouterr()
+        assert said.err == ""
+        assert f"ssh -N -L {here.getsockname()[1]}:127.0.0.1:" in said.out
+    service.close()
+
+
+def test_captions_come_from_the_gallery(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     gallery = FakeGallery(dual_encoder())
     found = setup.captions_of(gallery)
     assert len(found) == gallery.rows
     assert found[3] == gallery.record(3)["texts"][0]
+    assert not caplog.records
     monkeypatch.setattr(setup, "MOST_CAPTIONS", 10)
-    with pytest.raises(UserError, match="--captions FILE"):
-        setup.captions_of(gallery)
+    assert setup.captions_of(gallery) == []
+    assert "more than 10 different texts; name some with --captions FILE" in caplog.text
 
 
 def test_scores_of_a_classifier_and_of_nothing() -> None:

@@ -21,6 +21,9 @@ from clipdist.publish.serve.limits import Limits
 from tests.unit.pictures import photograph
 from tests.unit.serving import URL, FakeGallery, client_of, dual_encoder, make_service, running
 
+# Pillow's remarks on damaged metadata, which the command keeps to itself too.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
+
 PICTURE = photograph(90, 60)
 
 

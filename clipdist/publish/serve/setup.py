@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from clipdist.publish.serve.engine import Engine
 from clipdist.publish.serve.gallery import Gallery, open_gallery
 from clipdist.publish.serve.limits import Limits
 from clipdist.publish.serve.service import Service
+
+logger = logging.getLogger(__name__)
 
 NOTICE = (
     "Answers are what the model finds most similar, not facts. They can be wrong, and on pictures unlike those that it "
@@ -130,17 +133,16 @@ def read_captions(path: Path) -> list[str]:
 
 
 def captions_of(gallery: Gallery) -> list[str]:
-    """The gallery's distinct texts. Raises `UserError` for more than can be embedded when the service starts."""
+    """The gallery's distinct texts; none, and a warning, where they are more than can be embedded at the start."""
     found: dict[str, None] = {}
     for row in range(gallery.rows):
-        record = gallery.record(row)
-        texts = record.get("texts", record.get("text", []))
-        found |= dict.fromkeys([texts] if isinstance(texts, str) else texts)
+        found |= dict.fromkeys(gallery.record(row)["texts"])
         if len(found) > MOST_CAPTIONS:
-            raise UserError(
-                f"the gallery bears more than {MOST_CAPTIONS:,} different texts, which are too many to choose captions "
-                f"from; name some with --captions FILE"
+            logger.warning(
+                "no captions are ranked: the gallery has more than %s different texts; name some with --captions FILE",
+                f"{MOST_CAPTIONS:,}",
             )
+            return []
     return list(found)
 
 

@@ -206,7 +206,7 @@ def test_eval_prints_a_table_with_the_gallery(evaluated: tuple[Path, str]) -> No
     assert any(re.match(r"text → image\s+32\s+32\s+\d\.\d{3}", line) for line in lines)
     named = [Path(line) for line in lines if line.startswith(str(run))]
     assert {path.name for path in named} == {
-        *("shapes-val.json", "shapes-val-recall.png", "shapes-val-cosines.png", "report.html")
+        *("shapes-val.json", "shapes-val.npz", "shapes-val-recall.png", "shapes-val-cosines.png", "report.html")
     }
     assert all(path.is_file() for path in named)
 

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from clipdist.errors import UserError
 from clipdist.evaluate.zero_shot import read_classes, read_templates
 from clipdist.model.saved import SavedModel, load
+from clipdist.publish.notice import notice_of
 from clipdist.publish.serve.engine import Engine
 from clipdist.publish.serve.gallery import Gallery, open_gallery
 from clipdist.publish.serve.limits import Limits
@@ -23,10 +24,6 @@ from clipdist.publish.serve.service import Service
 
 logger = logging.getLogger(__name__)
 
-NOTICE = (
-    "Answers are what the model finds most similar, not facts. They can be wrong, and on pictures unlike those that it "
-    "was trained on they often are. Not for medical or other decisions about people."
-)
 MOST_CAPTIONS = 20_000
 """Of a gallery's own texts, which are embedded when the service starts."""
 
@@ -96,7 +93,7 @@ def prepare(args: argparse.Namespace, limits: Limits) -> Service:
         "name": args.name or name_of(args.model),
         "calibrated_on": fitted_on,
         "scores": scores_of(calibration.body if calibration else saved.scores.get("val", {})),
-        "notice": args.notice or NOTICE,
+        "notice": args.notice or notice_of(saved),
     }
     service = Service(
         engine,

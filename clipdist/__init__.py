@@ -6,8 +6,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from clipdist.model.saved import load as load
+    from clipdist.publish.embeddings import open_embeddings as open_embeddings
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "open_embeddings"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,4 +17,8 @@ def __getattr__(name: str) -> Any:
         from clipdist.model.saved import load
 
         return load
+    if name == "open_embeddings":
+        from clipdist.publish.embeddings import open_embeddings
+
+        return open_embeddings
     raise AttributeError(f"module 'clipdist' has no attribute {name!r}")

@@ -28,6 +28,8 @@ VERBS = {
     "profile": ("clipdist.train.profile_command", "measure where the time of a recipe's training step goes"),
     "consolidate": ("clipdist.train.consolidate_command", "the weights of a checkpoint as one safetensors file"),
     "eval": ("clipdist.evaluate.command", "score a model: retrieval, zero-shot, probes, calibration, subgroups"),
+    "embed": ("clipdist.publish.embed_command", "a model's features of a whole set, to search in"),
+    "search": ("clipdist.publish.search_command", "find images by a text or an image among embedded ones"),
     "runs": ("clipdist.cluster.runs_command", "list runs: state, step, loss, speed, last sign of life"),
     "logs": ("clipdist.cluster.logs_command", "show what a run's jobs and ranks said"),
     "board": ("clipdist.cluster.board_command", "TensorBoard of runs on this host, and how to see it from another"),

@@ -10,7 +10,7 @@ N rows, D wide, Q queries.
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,7 +89,8 @@ class ApproximateIndex:
         key = {"format_version": FORMAT_VERSION, "features": stored.digest(among)}
         try:
             body = json.loads(about.read_text(encoding="utf-8"))
-            if body["made_of"] == key:
+            # A mapped file that is too short would end the process, not raise.
+            if body["made_of"] == key and body["bytes"] == path.stat().st_size:
                 return self.faiss.read_index(str(path), self.faiss.IO_FLAG_MMAP), Measured(**body["measured"])
         except (OSError, ValueError, KeyError, TypeError, RuntimeError):
             pass  # absent, damaged or of other features: it can always be made again
@@ -101,7 +102,7 @@ class ApproximateIndex:
             self.faiss.write_index(index, str(partial))
             sync(partial)
             os.replace(partial, path)
-            body = {"made_of": key, "measured": measured.__dict__}
+            body = {"made_of": key, "bytes": path.stat().st_size, "measured": asdict(measured)}
             write_atomically(about, (json.dumps(body, indent=1) + "\n").encode())
         return index, measured
 

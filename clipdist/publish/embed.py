@@ -28,7 +28,7 @@ import torch
 
 from clipdist import __version__
 from clipdist.data.images.decode import load_for_evaluation
-from clipdist.data.shards import BadSample, write_atomically
+from clipdist.data.shards import BadSample, checksum_file, write_atomically
 from clipdist.errors import UserError, WorkerKilled, disk_errors
 from clipdist.model.saved import MAX_IMAGE_PIXELS, SavedModel, load_dual_encoder
 from clipdist.progress import progress
@@ -113,13 +113,12 @@ def embed(
             if not len(source):
                 raise UserError(f"{data}: no samples to embed")
             plan = make_plan(model, saved, source, options)
-            if finished := _finished(out, plan):
-                shutil.rmtree(work, ignore_errors=True)
-                return EmbedSummary(out, finished, len(source), 0)
-            embedded = _do_chunks(out, plan, saved, source, options, processes, readers, quiet)
-            info = _finish(out, plan)
+            embedded, info = 0, _finished(out, plan)
+            if info is None:
+                embedded = _do_chunks(out, plan, saved, source, options, processes, readers, quiet)
+                info = _finish(out, plan)
             shutil.rmtree(work, ignore_errors=True)
-    (out / "lock").unlink(missing_ok=True)
+            (out / "lock").unlink()
     return EmbedSummary(out, info, len(source), embedded)
 
 
@@ -425,7 +424,9 @@ def _finish(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
         "texts": joined.texts,
         "bad": joined.bad,
         "fields": joined.columns,
-        "files": {name: (out / name).stat().st_size for name in joined.files},
+        "files": {
+            name: {"bytes": (out / name).stat().st_size, "xxh3_64": checksum_file(out / name)} for name in joined.files
+        },
     }
     write_atomically(out / INFO, (json.dumps(info, indent=1, ensure_ascii=False) + "\n").encode())
     return info

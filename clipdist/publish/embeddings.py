@@ -63,10 +63,10 @@ def open_embeddings(folder: str | Path, images: str | Path | None = None) -> "St
                 f"{path}: found {info['format']!r} version {info['version']!r}, expected {FORMAT!r} version "
                 f"{FORMAT_VERSION}; embed again with this version"
             )
-        for name, size in info["files"].items():
-            found = (folder / name).stat().st_size
-            if found != size:
-                raise UserError(f"{folder / name}: found {found:,} bytes, expected {size:,}; embed again")
+        for name, file in info["files"].items():
+            found, expected = (folder / name).stat().st_size, file["bytes"]
+            if found != expected:
+                raise UserError(f"{folder / name}: found {found:,} bytes, expected {expected:,}; embed again")
         return StoredEmbeddings(folder, info, None if images is None else str(images))
     except FileNotFoundError as error:
         name = Path(error.filename or path).name
@@ -148,8 +148,16 @@ class StoredEmbeddings:
         return array
 
     def digest(self, among: Among = "image") -> str:
-        """xxh3-64 of the features' file; reads all of it."""
-        return checksum_file(self.folder / f"{among}_features.npy")
+        """xxh3-64 of the features' file, as it was written."""
+        digest: str = self.info["files"][f"{among}_features.npy"]["xxh3_64"]
+        return digest
+
+    def verify(self) -> None:
+        """Reads all files; raises `UserError` for one that does not equal its checksum."""
+        for name, file in self.info["files"].items():
+            found = checksum_file(self.folder / name)
+            if found != file["xxh3_64"]:
+                raise UserError(f"{self.folder / name}: checksum {found}, expected {file['xxh3_64']}; embed again")
 
     def check_model(self, saved: "Saved") -> None:
         """Raises `UserError` when the gallery is another model's, whose cosines with this one's would mean nothing."""

@@ -4,6 +4,7 @@ Text is drawn with the DejaVu Sans that Matplotlib carries: it has Latin, Greek,
 and draws boxes for the rest.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -121,7 +122,8 @@ def wrapped(text: str, width: int, lines: int, font: ImageFont.FreeTypeFont | No
             line = ""
             words.append(word)
         else:
-            fits = max(1, next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= width))
+            # Of a very long word, too, few lengths are measured.
+            fits = bisect_right(range(1, len(word) + 1), width, key=lambda n: font.getlength(word[:n])) or 1
             found.append(word[:fits])
             words += [word[fits:]] if word[fits:] else []
     if line and len(found) < lines:

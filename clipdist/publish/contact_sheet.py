@@ -40,6 +40,8 @@ def contact_sheet(blocks: Sequence[Block], columns: int = COLUMNS) -> Image.Imag
     columns = max(columns, 3)  # so that a query of some length fits beside its picture
     width = GAP + columns * (SIDE + GAP)
     drawn = [_block(block, columns, width) for block in blocks]
+    for later in drawn[1:]:
+        ImageDraw.Draw(later).line((0, 0, width, 0), fill=LINE)
     sheet = Image.new("RGB", (width, sum(one.height for one in drawn)), PAPER)
     top = 0
     for one in drawn:
@@ -67,7 +69,6 @@ def _heading(block: Block, width: int) -> Image.Image:
     height = max(GAP + 26 * len(lines), QUERY_SIDE + GAP if block.picture else 0) + GAP
     heading = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(heading)
-    draw.line((0, 0, width, 0), fill=LINE)
     if block.picture:
         heading.paste(_squared(block.picture, QUERY_SIDE), (GAP, GAP))
     for place, line in enumerate(lines):

@@ -134,7 +134,7 @@ def clipdist_exact(folder: Path) -> Search:
     from clipdist.publish.search import search_exact
 
     held = np.load(folder / "features.npy", mmap_mode="r")
-    coarse, bounds = np.load(folder / "x_coarse.npy", mmap_mode="c"), np.load(folder / "x_bounds.npy", mmap_mode="r")
+    coarse, bounds = np.load(folder / "x_coarse.npy", mmap_mode="c"), np.load(folder / "x_bounds.npy", mmap_mode="c")
     return lambda query_QD: np.stack(search_exact(held, coarse, bounds, query_QD, TOP).rows)
 
 

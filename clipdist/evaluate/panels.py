@@ -7,6 +7,7 @@ and draws boxes for the rest.
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
+from math import ceil
 from pathlib import Path
 
 import matplotlib
@@ -123,7 +124,7 @@ def wrapped(text: str, width: int, lines: int, font: ImageFont.FreeTypeFont | No
             words.append(word)
         else:
             # Of a very long word, too, few lengths are measured.
-            fits = bisect_right(range(1, len(word) + 1), width, key=lambda n: font.getlength(word[:n])) or 1
+            fits = bisect_right(range(1, len(word) + 1), width, key=lambda n: ceil(font.getlength(word[:n]))) or 1
             found.append(word[:fits])
             words += [word[fits:]] if word[fits:] else []
     if line and len(found) < lines:

@@ -124,9 +124,9 @@ class StoredEmbeddings:
         """(int8 [N, D], float32 [3, N]): see coarse.py."""
         shape = self.features(among).shape
         return (
-            # A private mapping: torch warns of memory that may not be written.
+            # Private mappings: torch warns of memory that may not be written.
             self._array(f"{among}_coarse.npy", np.dtype(np.int8), shape, among, "c"),
-            self._array(f"{among}_bounds.npy", np.dtype(np.float32), (3, shape[0]), among),
+            self._array(f"{among}_bounds.npy", np.dtype(np.float32), (3, shape[0]), among, "c"),
         )
 
     def _array(

@@ -17,8 +17,7 @@ from clipdist.errors import UserError
 from clipdist.publish.coarse import LEVELS, quantised, rows_at_once
 
 BLOCK_ENTRIES = 1 << 22
-"""Products of a block, rows times queries."""
-BLOCK_ROWS = 1 << 17
+"""Products of a block, rows times queries: many, because each block makes the threads wait for each other."""
 SMALLEST_BLOCK = 1 << 12
 QUERIES_AT_ONCE = 256
 SLACK = 2.0**-20
@@ -104,18 +103,18 @@ def _candidates(coarse_ND: np.ndarray, bounds_3N: np.ndarray, query_QD: np.ndarr
     unit_DQ = torch.from_numpy(direction_QD).t()
     scale_Q = np.where(scale_Q > 0, scale_Q, 1).astype(np.float64)
     best = [_Best(top) for _ in query_QD]
-    step = min(BLOCK_ROWS, max(SMALLEST_BLOCK, BLOCK_ENTRIES // len(query_QD)))
+    step = max(SMALLEST_BLOCK, BLOCK_ENTRIES // len(query_QD))
 
     def off(error: np.ndarray, length: np.ndarray, query: int | slice) -> np.ndarray:
         """How much a product may differ from its estimate."""
         rest, whole = rest_Q[query].astype(np.float64), length_Q[query].astype(np.float64)
-        return error * (whole + rest) + length * (rest + SLACK * whole)
+        return error.astype(np.float64) * (whole + rest) + length.astype(np.float64) * (rest + SLACK * whole)
 
     for start in range(0, len(coarse_ND), step):
-        scale_B, error_B, length_B = bounds_3N[:, start : start + step].astype(np.float64)
+        scale_B, error_B, length_B = bounds_3N[:, start : start + step]
         product_BQ = int_product(torch.from_numpy(coarse_ND[start : start + step]), unit_DQ)
         # In units of the query's scale.
-        estimate_BQ = product_BQ * torch.from_numpy(scale_B.astype(np.float32))[:, None]
+        estimate_BQ = product_BQ * torch.from_numpy(scale_B)[:, None]
         off_Q = off(error_B.max(), length_B.max(), slice(None))
         threshold_Q = np.array([one.threshold for one in best])
         if start == 0 and len(estimate_BQ) > top:

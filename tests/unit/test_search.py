@@ -80,7 +80,7 @@ def test_no_product_lies_outside_its_bound(seed: int, width: int, spread: float)
 
 def test_many_blocks_and_queries_few_rows_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "SMALLEST_BLOCK", 64)
-    monkeypatch.setattr(search, "BLOCK_ROWS", 100)
+    monkeypatch.setattr(search, "BLOCK_ENTRIES", 700)
     monkeypatch.setattr(search, "QUERIES_AT_ONCE", 7)
     draw = np.random.default_rng(3)
     features_ND = unit_rows(draw, 5000, 64, 10.0)

@@ -68,7 +68,7 @@ class EmbedOptions:
 
 @dataclass(frozen=True)
 class EmbedSummary:
-    """What a call of `embed` did. `rows` is 0 of none that is there already: `info` tells."""
+    """What a call of `embed` did; `info` is what `embeddings.json` holds."""
 
     folder: Path
     info: dict[str, Any]

@@ -112,18 +112,17 @@ class FileSource:
     listing: Path
     digest: str
     rows: int
-    _group: int = field(default=-1, repr=False)
-    _held: dict[str, list[Any]] = field(default_factory=dict, repr=False)
+    _held: tuple[int, dict[str, list[Any]]] = field(default=(-1, {}), repr=False)
 
     def __len__(self) -> int:
         return self.rows
 
     def _entry(self, number: int) -> dict[str, Any]:
         group, row = divmod(number, LISTED_TOGETHER)
-        if group != self._group:
-            self._held = pq.ParquetFile(self.listing).read_row_group(group).to_pydict()
-            self._group = group
-        return {name: column[row] for name, column in self._held.items()}
+        held = self._held  # read and replaced as one: several threads come here
+        if group != held[0]:
+            held = self._held = group, pq.ParquetFile(self.listing).read_row_group(group).to_pydict()
+        return {name: column[row] for name, column in held[1].items()}
 
     def place(self, number: int) -> Place:
         entry = self._entry(number)

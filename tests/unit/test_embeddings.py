@@ -174,6 +174,8 @@ def test_what_cannot_be_read_is_named(model: Path, photos: Path, saved: SavedMod
     expected = saved.encode_image([photos / f"{number}.png" for number in range(7)])
     np.testing.assert_allclose(stored.features_ND, expected, atol=2e-3)
     np.testing.assert_array_equal(stored.text_owner_M, np.arange(7))
+    embed(model, str(photos / "table.csv"), tmp_path / "again", options=EXACT, processes=1, readers=4)
+    same_files(out, tmp_path / "again")
     moved = photos.rename(tmp_path / "moved")
     with pytest.raises(UserError, match="2: there is no such file"):
         stored.image(2)

@@ -1,14 +1,15 @@
 """How many images a second does `clipdist embed` take in, beside the usual loop over a DataLoader, on the same cores?
 
-python benchmarks/photographs.py --out data/benchmark-photographs --sides 512 --images 3072
+python benchmarks/photographs.py --out data/benchmark-photographs --sides 512 --images 2048
 python benchmarks/embedding.py --set data/benchmark-photographs/512 --towers timm:test_convnext:112 timm:test_vit:160
 
 The usual loop is that of tools that embed image folders for retrieval: open_clip's evaluation transform on Pillow in
 DataLoader workers, float32 batches to the tower, float16 rows kept and saved. Both read the same files, with the same
 tower, in batches of the same size, in as many processes: the loop's workers, beside which its own process computes on
-as many threads, and clipdist's processes of one thread each, with a thread that reads ahead. What starting takes is
-left out: each is timed on two numbers of images, and the difference counts. They take turns; the least of the
-repetitions' differences of seconds counts, and of processor seconds likewise, which a busy machine disturbs less.
+as many threads, and clipdist's processes of one thread each, with a thread that reads ahead. With one process, which is
+the default, both run within this one, warm, and take turns; more of clipdist's take some seconds to start, which count.
+The least of the repetitions' seconds counts, and of processor seconds likewise, of all processes together: a busy
+machine disturbs these less.
 
 Also measured: the same with --exact-pixels, and the cosines between features of reduced and exact pixels. Weights are
 random. JSON on standard output.
@@ -19,7 +20,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,21 +30,19 @@ from typing import Any
 import numpy as np
 
 CONTESTANTS = ("loop", "clipdist", "clipdist_exact_pixels")
-MICRO_BATCH = 64
+MICRO_BATCH = 32
 
 
-def write_files(location: str, folder: Path, sizes: list[int]) -> None:
-    """The set's images as files: the first n of them in a folder called n."""
+def write_files(location: str, folder: Path, count: int) -> None:
+    """The set's first images as files."""
     from clipdist.data.shards import ShardSet
 
     shard_set = ShardSet.open(location)
     splits = [shard_set.split(name) for name in shard_set.manifest.splits]
     samples = (split.read(number) for split in splits for number in range(len(split)))
-    for number, sample in zip(range(max(sizes)), samples, strict=False):
-        for size in sizes:
-            if number < size:
-                (folder / str(size)).mkdir(exist_ok=True)
-                (folder / str(size) / f"{number:06d}.{sample.extension}").write_bytes(sample.image)
+    folder.mkdir()
+    for number, sample in zip(range(count), samples, strict=False):
+        (folder / f"{number:06d}.{sample.extension}").write_bytes(sample.image)
 
 
 def write_model(tower: str, folder: Path) -> None:
@@ -57,8 +55,8 @@ def write_model(tower: str, folder: Path) -> None:
 
     name, _, side = tower.rpartition(":")
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    text = TextTowerConfig("hf:bert", pretrained=False, max_tokens=16, options=sizes)
-    config = ModelConfig(image=ImageTowerConfig(name, side=int(side)), text=text, width=256)
+    text = TextTowerConfig(name="hf:bert", pretrained=False, max_tokens=16, options=sizes)
+    config = ModelConfig(image=ImageTowerConfig(name=name, side=int(side)), text=text, width=256)
     tokenizer = train_wordpiece(["a photograph of a dog", "a photograph of a tram"], 100, 16)
     save_model(folder, build_model(config, tokenizer, 0), tokenizer, scores={}, about={})
 
@@ -101,53 +99,46 @@ def run_clipdist(model: Path, images: Path, out: Path, processes: int, exact_pix
     embed(model, str(images), out, options=options, processes=processes)
 
 
-def one_run(args: argparse.Namespace) -> None:
-    """In a process of its own, so that each pays for its own start."""
-    contestant, model, images, out = args.one
-    if contestant == "loop":
-        run_loop(Path(model), Path(images), Path(out), args.processes)
-    else:
-        run_clipdist(Path(model), Path(images), Path(out), args.processes, contestant.endswith("exact_pixels"))
-
-
 def timed(contestant: str, model: Path, images: Path, out: Path, processes: int) -> tuple[float, float]:
     """(seconds, processor seconds of all its processes)."""
     shutil.rmtree(out, ignore_errors=True)
-    out.with_suffix(".npy").unlink(missing_ok=True)
-    target = out.with_suffix(".npy") if contestant == "loop" else out
-    words = [sys.executable, __file__, "--processes", str(processes), "--one", contestant]
-    words += [str(model), str(images), str(target)]
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-    seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    before, began = processor_seconds(), time.perf_counter()
+    if contestant == "loop":
+        out.mkdir()
+        run_loop(model, images, out / "image_features.npy", processes)
+    else:
+        run_clipdist(model, images, out, processes, contestant.endswith("exact_pixels"))
+    return time.perf_counter() - began, processor_seconds() - before
 
 
-def measure(tower: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def processor_seconds() -> float:
+    """Of this process and of those of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def measure(tower: str, images: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     model = folder / tower.replace(":", "-")
     write_model(tower, model)
-    small, large = args.images
+    count = len(list(images.iterdir()))
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTESTANTS}
-    for _ in range(args.repetitions):
+    for repetition in range(args.repetitions + 1):
         for name in CONTESTANTS:
-            less = timed(name, model, folder / str(small), folder / f"{name}-{small}", args.processes)
-            more = timed(name, model, folder / str(large), folder / f"{name}-{large}", args.processes)
-            spent[name].append((more[0] - less[0], more[1] - less[1]))
-            print(tower, name, less, more, file=sys.stderr, flush=True)
-    found: dict[str, Any] = {}
+            seconds = timed(name, model, images, folder / name, args.processes)
+            if repetition:  # the first one warms up
+                spent[name].append(seconds)
+            print(tower, name, seconds, file=sys.stderr, flush=True)
+    found: dict[str, Any] = {"images": count}
     for name, times in spent.items():
         wall, cpu = min(one[0] for one in times), min(one[1] for one in times)
         found[name] = {
-            "images_per_second": round((large - small) / wall, 1),
-            "images_per_processor_second": round((large - small) / cpu, 1),
+            "images_per_second": round(count / wall, 1),
+            "images_per_processor_second": round(count / cpu, 1),
         }
     for name in CONTESTANTS[1:]:
         for kind in found["loop"]:
             found[name][f"times_the_loop_{kind}"] = round(found[name][kind] / found["loop"][kind], 2)
-    reduced, exact = (
-        np.load(folder / f"{name}-{large}" / "image_features.npy").astype(np.float64) for name in CONTESTANTS[1:]
-    )
-    loop = np.load(folder / f"loop-{large}.npy").astype(np.float64)
+    loop, reduced, exact = (np.load(folder / name / "image_features.npy").astype(np.float64) for name in CONTESTANTS)
     cosine = (reduced * exact).sum(axis=1)
     found["cosine_reduced_to_exact"] = {"mean": round(float(cosine.mean()), 5), "least": round(float(cosine.min()), 5)}
     found["cosine_exact_to_loop_mean"] = round(float((exact * loop).sum(axis=1).mean()), 5)
@@ -158,19 +149,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", default="data/benchmark-photographs/512", help="shard set of JPEGs")
     parser.add_argument("--towers", nargs="+", default=["timm:test_convnext:112"], metavar="timm:NAME:SIDE")
-    parser.add_argument("--images", type=int, nargs=2, default=[1024, 3072], help="in the two runs")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--images", type=int, default=2048)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--one", nargs=4, metavar="…", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        one_run(args)
-        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_files(args.set, folder, args.images)
-        results = {tower: measure(tower, folder, args) for tower in args.towers}
-    settings = {name: value for name, value in vars(args).items() if name not in ("one", "set")}
+        write_files(args.set, folder / "images", args.images)
+        results = {tower: measure(tower, folder / "images", folder, args) for tower in args.towers}
+    settings = {name: value for name, value in vars(args).items() if name != "set"}
     packages = ("torch", "timm", "open_clip_torch", "pillow", "simplejpeg")
     versions = {name: version(name) for name in packages}
     body = {"settings": settings, "versions": versions, "load": os.getloadavg()[0], "results": results}

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speed.add_argument("--processes", type=int, default=0, help="default: one for each CPU core, or GPU")
     speed.add_argument("--threads", type=int, default=1, help="of each process, on CPUs; default: 1")
     speed.add_argument("--readers", type=int, default=1, help="threads of each process that read ahead; default: 1")
-    speed.add_argument("--micro-batch", type=int, default=64, help="images at a time; default: 64")
+    speed.add_argument("--micro-batch", type=int, default=32, help="images at a time; default: 32")
     speed.add_argument("--device", default="", help="cpu or cuda; default: a GPU when there is one")
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from clipdist.errors import UserError
 from clipdist.publish import search
-from clipdist.publish.coarse import quantised
+from clipdist.publish.coarse import mean_row, quantised
 from clipdist.publish.search import exact_scores, int_product, search_exact
 
 
@@ -19,6 +19,11 @@ def brute_force(features_ND: np.ndarray, query_D: np.ndarray, top: int) -> tuple
     score_N = (features_ND.astype(np.float64) * query_D.astype(np.float64)).sum(axis=1)
     best = sorted(range(len(score_N)), key=lambda row: (-score_N[row], row))[:top]
     return np.array(best, np.int64), score_N[best]
+
+
+def coarse(features_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As a gallery holds them."""
+    return quantised(features_ND, mean_row(features_ND))
 
 
 def unit_rows(draw: np.random.Generator, rows: int, width: int, spread: float = 1.0) -> np.ndarray:
@@ -46,7 +51,7 @@ def test_the_best_rows_are_those_of_float64(
         features_ND[draw.integers(0, rows, rows)] = features_ND[draw.integers(0, rows, rows)]
     query_QD = draw.normal(size=(queries, width)).astype(np.float32)
     query_QD[0] = features_ND[0]
-    found = search_exact(features_ND, *quantised(features_ND), query_QD, top)
+    found = search_exact(features_ND, *coarse(features_ND), query_QD, top)
     for query_D, own, scores in zip(query_QD, found.rows, found.scores, strict=True):
         expected, expected_scores = brute_force(features_ND, query_D, top)
         np.testing.assert_array_equal(own, expected)
@@ -59,7 +64,7 @@ def test_odd_rows_and_queries(value: float) -> None:
     features_ND = unit_rows(np.random.default_rng(0), 50, 8)
     features_ND[::7] = value
     query_QD = np.stack([np.zeros(8), np.ones(8), features_ND[1].astype(np.float64)])
-    found = search_exact(features_ND, *quantised(features_ND), query_QD, 9)
+    found = search_exact(features_ND, *coarse(features_ND), query_QD, 9)
     for query_D, own in zip(query_QD, found.rows, strict=True):
         np.testing.assert_array_equal(own, brute_force(features_ND, query_D, 9)[0])
     np.testing.assert_array_equal(found.rows[0], np.arange(9))
@@ -71,24 +76,28 @@ def test_no_product_lies_outside_its_bound(seed: int, width: int, spread: float)
     draw = np.random.default_rng(seed)
     features_ND = unit_rows(draw, 40, width, spread)
     query_D = draw.normal(size=width)
-    coarse_ND, (scale_N, error_N, length_N) = quantised(features_ND)
+    centre_D = mean_row(features_ND)
+    coarse_ND, (scale_N, error_N, length_N) = quantised(features_ND, centre_D)
     unit_1D, ((scale,), (rest,), (length,)) = quantised(query_D[None])
     estimate_N = scale_N.astype(np.float64) * float(scale) * (coarse_ND.astype(np.int64) @ unit_1D[0].astype(np.int64))
     off_N = error_N.astype(np.float64) * (length + rest) + length_N * float(rest)
-    assert (np.abs(exact_scores(features_ND, np.arange(40), query_D) - estimate_N) <= off_N).all()
+    product_N = (features_ND.astype(np.float64) - centre_D.astype(np.float64)) @ query_D
+    assert (np.abs(product_N - estimate_N) <= off_N).all()
 
 
-def test_many_blocks_and_queries_few_rows_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spread", [10.0, 0.1, 0.02])
+def test_many_blocks_and_queries_few_rows_looked_at(monkeypatch: pytest.MonkeyPatch, spread: float) -> None:
+    """Also where rows have cosines beyond .99 with each other, as those of a model that has hardly learnt."""
     monkeypatch.setattr(search, "SMALLEST_BLOCK", 64)
     monkeypatch.setattr(search, "BLOCK_ENTRIES", 700)
     monkeypatch.setattr(search, "QUERIES_AT_ONCE", 7)
     draw = np.random.default_rng(3)
-    features_ND = unit_rows(draw, 5000, 64, 10.0)
+    features_ND = unit_rows(draw, 5000, 64, spread)
     query_QD = unit_rows(draw, 20, 64, 10.0).astype(np.float32)
-    found = search_exact(features_ND, *quantised(features_ND), query_QD, 10)
+    found = search_exact(features_ND, *coarse(features_ND), query_QD, 10)
     for query_D, own in zip(query_QD, found.rows, strict=True):
         np.testing.assert_array_equal(own, brute_force(features_ND, query_D, 10)[0])
-    assert found.looked_at < 0.05 * 20 * 5000, "the bounds exclude nearly all rows"
+    assert found.looked_at < 0.1 * 20 * 5000, "the bounds exclude nearly all rows"
 
 
 def test_a_processor_without_an_exact_integer_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +113,7 @@ def test_a_processor_without_an_exact_integer_kernel(monkeypatch: pytest.MonkeyP
 
 def test_what_cannot_be_searched_for() -> None:
     features_ND = unit_rows(np.random.default_rng(0), 5, 4)
-    held = features_ND, *quantised(features_ND)
+    held = features_ND, *coarse(features_ND)
     for wrong, said in (
         (np.ones((1, 3)), "expected \\[Q, 4\\]"),
         (np.ones(4), "expected \\[Q, 4\\]"),
@@ -129,7 +138,7 @@ class Gallery:
         return self.features_ND
 
     def coarse(self, among: str) -> tuple[np.ndarray, np.ndarray]:
-        return quantised(self.features_ND)
+        return coarse(self.features_ND)
 
     def digest(self, among: str) -> str:
         return str(hash(self.features_ND.tobytes()))
@@ -148,7 +157,7 @@ def test_an_index_is_measured_and_kept(tmp_path: Path) -> None:
     assert made.measured.recall >= 0.95
     assert 1 <= made.measured.probes <= made.measured.lists
     query_QD = features_ND[:50].astype(np.float32)
-    exact = search_exact(features_ND, *quantised(features_ND), query_QD, 10)
+    exact = search_exact(features_ND, *coarse(features_ND), query_QD, 10)
     found = made.search(query_QD, 10)
     right = [len(np.intersect1d(a, b)) for a, b in zip(exact.rows, found.rows, strict=True)]
     assert sum(right) / 500 > 0.9

@@ -11,8 +11,17 @@ if TYPE_CHECKING:
     from clipdist.model.saved import load_classifier as load_classifier
     from clipdist.model.saved import load_dual_encoder as load_dual_encoder
     from clipdist.model.saved_classifier import SavedClassifier as SavedClassifier
+    from clipdist.publish.embeddings import open_embeddings as open_embeddings
 
-__all__ = ["SavedClassifier", "SavedModel", "__version__", "load", "load_classifier", "load_dual_encoder"]
+__all__ = [
+    "SavedClassifier",
+    "SavedModel",
+    "__version__",
+    "load",
+    "load_classifier",
+    "load_dual_encoder",
+    "open_embeddings",
+]
 
 # Importing torch and timm takes seconds; `clipdist --help` and the packing tools do without them.
 _LIES_IN = {
@@ -21,6 +30,7 @@ _LIES_IN = {
     "load": "clipdist.model.saved",
     "load_classifier": "clipdist.model.saved",
     "load_dual_encoder": "clipdist.model.saved",
+    "open_embeddings": "clipdist.publish.embeddings",
 }
 
 

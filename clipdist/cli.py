@@ -31,6 +31,8 @@ VERBS = {
     "eval": ("clipdist.evaluate.command", "score a model: retrieval, zero-shot, probes, calibration, subgroups"),
     "export": ("clipdist.publish.export_command", "a model for transformers, open_clip, timm or ONNX, checked there"),
     "compare": ("clipdist.evaluate.compare_command", "runs beside each other: scores query by query, curves, settings"),
+    "embed": ("clipdist.publish.embed_command", "a model's features of a whole set, to search in"),
+    "search": ("clipdist.publish.search_command", "find images by a text or an image among embedded ones"),
     "runs": ("clipdist.cluster.runs_command", "list runs: state, step, loss, speed, last sign of life"),
     "logs": ("clipdist.cluster.logs_command", "show what a run's jobs and ranks said"),
     "board": ("clipdist.cluster.board_command", "TensorBoard of runs on this host, and how to see it from another"),

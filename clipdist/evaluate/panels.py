@@ -4,8 +4,10 @@ Text is drawn with the DejaVu Sans that Matplotlib carries: it has Latin, Greek,
 and draws boxes for the rest.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
+from math import ceil
 from pathlib import Path
 
 import matplotlib
@@ -82,44 +84,47 @@ def thumbnail_panel(
             if right:
                 draw.rectangle((left - 3, top - 3, left + thumbnail + 2, top + thumbnail + 2), outline=_RIGHT, width=3)
             mark = f"{score:.2f} ✓" if right else f"{score:.2f}"
-            draw.text((left, top + thumbnail + 5), mark, fill=_RIGHT if right else _MUTED, font=_font())
+            draw.text((left, top + thumbnail + 5), mark, fill=_RIGHT if right else _MUTED, font=sheet_font())
         draw.line([(0, row.height - 1), (width, row.height - 1)], fill=_LINE)
         rows.append(row)
     return _stacked(rows, width)
 
 
 @cache
-def _font() -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), _FONT_SIZE)
+def sheet_font(size: int = _FONT_SIZE) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, as high as `size` pixels."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 
 
 def _text_block(mark: str, text: str, width: int, lines: int, colour: str, fill: str | None) -> Image.Image:
     """`mark` in a column of its own, then `text` wrapped, on a ground of colour `fill`."""
     left = 6 + (_SCORE_WIDTH if mark else 0)
-    wrapped = _wrapped(text, width - left - 6, lines)
-    block = Image.new("RGB", (width, len(wrapped) * _LINE_HEIGHT + 6), fill or "white")
+    cut = wrapped(text, width - left - 6, lines)
+    block = Image.new("RGB", (width, len(cut) * _LINE_HEIGHT + 6), fill or "white")
     draw = ImageDraw.Draw(block)
-    draw.text((6, 3), mark, fill=colour, font=_font())
-    for place, line in enumerate(wrapped):
-        draw.text((left, 3 + place * _LINE_HEIGHT), line, fill=colour, font=_font())
+    draw.text((6, 3), mark, fill=colour, font=sheet_font())
+    for place, line in enumerate(cut):
+        draw.text((left, 3 + place * _LINE_HEIGHT), line, fill=colour, font=sheet_font())
     return block
 
 
-def _wrapped(text: str, width: int, lines: int) -> list[str]:
+def wrapped(text: str, width: int, lines: int, font: ImageFont.FreeTypeFont | None = None) -> list[str]:
     """At most `lines` lines no wider than `width` pixels; too long a word is broken, an ellipsis marks a cut."""
+    font = font or sheet_font()
     found: list[str] = []
     line, words = "", text.split()[::-1]
     while words and len(found) < lines:
         word = words.pop()
         longer = f"{line} {word}" if line else word
-        if _font().getlength(longer) <= width:
+        if font.getlength(longer) <= width:
             line = longer
         elif line:
             found.append(line)
             line = ""
             words.append(word)
         else:
-            fits = max(1, next(n for n in range(len(word), 0, -1) if n == 1 or _font().getlength(word[:n]) <= width))
+            # Of a very long word, too, few lengths are measured.
+            fits = bisect_right(range(1, len(word) + 1), width, key=lambda n: ceil(font.getlength(word[:n]))) or 1
             found.append(word[:fits])
             words += [word[fits:]] if word[fits:] else []
     if line and len(found) < lines:
@@ -127,7 +132,7 @@ def _wrapped(text: str, width: int, lines: int) -> list[str]:
         line = ""
     if words or line:
         last = found[-1]
-        while last and _font().getlength(f"{last}…") > width:
+        while last and font.getlength(f"{last}…") > width:
             last = last[:-1]
         found[-1] = f"{last.rstrip()}…"
     return found or [""]

@@ -61,6 +61,8 @@ def place(trained_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(picture("red", "circle", "left", number))
     monkeypatch.chdir(tmp_path)
+    gallery = ["embed", "runs/phantom/model", "--data", str(trained_run.shapes), "--out", "runs/phantom/gallery"]
+    assert main(gallery) == 0
     return tmp_path
 
 

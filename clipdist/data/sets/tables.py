@@ -66,23 +66,28 @@ def read_folder(folder: Path) -> tuple[pd.DataFrame, list[Rejected]]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
-    images = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGES and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    images = images_below(folder)
     if not images:
         raise UserError(f"{folder}: no images in it; expected files ending in {', '.join(sorted(IMAGES))}")
     records, rows, rejected = [], [], []
     for row, path in enumerate(images, start=1):
         name = path.relative_to(folder).as_posix()
         try:
-            records.append({**_sidecar(path), "image": name})
+            records.append({**sidecar(path), "image": name})
             rows.append(row)
         except ValueError as error:
             rejected.append(Rejected(row, key_from(name), str(path), str(error)))
     frame = pd.DataFrame(records, index=pd.Index(rows, dtype=int), dtype=object)
     return (frame if records else pd.DataFrame({"image": [], "text": []}, dtype=object)), rejected
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Files anywhere below `folder` that are images by their suffix, sorted; none that are hidden."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGES and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def pairs_from_table(
@@ -96,9 +101,10 @@ def pairs_from_table(
     unit_column: str | None = None,
     keep_columns: Sequence[str] = (),
     merge_captions: bool = False,
+    captions_needed: bool = True,
     name: str = "table",
 ) -> tuple[list[Pair], list[Rejected]]:
-    """One pair for each row that names an image and a caption; the other rows, with reasons.
+    """One pair for each row that names an image and, where `captions_needed`, a caption; the other rows, with reasons.
 
     Image cells are paths relative to `images` (or absolute). The captions of a pair are its non-empty `text_columns`,
     a cell holding a string or a list of strings. The key comes from `key_column` or else from the image's path.
@@ -119,7 +125,9 @@ def pairs_from_table(
         image = _text(cell).replace("\\", "/")
         key = key_from(image) if key_column is None else key_from(_text(keys[place]), is_path=False)
         captions = [caption for column in texts for caption in _captions(column[place])]
-        reason = "no image named" if not image else "no key" if not key else "" if captions else "empty caption"
+        reason = "no image named" if not image else "no key" if not key else ""
+        if not reason and captions_needed and not captions:
+            reason = "empty caption"
         if reason:
             rejected.append(Rejected(row, key, image, reason))
         elif merge_captions and image in pairs:
@@ -255,8 +263,9 @@ _READERS = {
 }
 
 
-def _sidecar(image: Path) -> dict[str, Any]:
-    """The text and further fields that lie beside an image; `ValueError` says what is wrong with them."""
+def sidecar(image: Path, *, text_needed: bool = True) -> dict[str, Any]:
+    """The text and further fields that lie beside an image; `ValueError` says what is wrong with them, or that there is
+    no text though it is needed."""
     found: dict[str, Any] = {}
     for suffix in (".txt", ".json"):
         for path in (image.with_suffix(suffix), image.with_name(image.name + suffix)):
@@ -271,7 +280,7 @@ def _sidecar(image: Path) -> dict[str, Any]:
                 raise ValueError(f"{path.name}: holds a {type(fields).__name__}, expected an object")
             found.update(fields)
             break
-    if "text" not in found:
+    if text_needed and "text" not in found:
         raise ValueError("no text: neither a .txt nor a .json with `text` beside the image")
     return found
 

@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 
 TOP = 10
+PAUSE = 0.2
+"""Seconds between two contestants: threads that have done their part spin for a while, on the next one's cores."""
 Search = Callable[[np.ndarray], np.ndarray]
 
 
@@ -206,6 +208,7 @@ def measure(args: argparse.Namespace, folder: Path, names: list[str]) -> dict[st
             query_QD = draw_queries(folder, queries, repetition)
             expected = truth(folder, query_QD[:4]) if repetition in (1, 2) else None
             for name in names:
+                time.sleep(PAUSE)
                 pipes[name].send(query_QD)
                 seconds, cpu, rows = pipes[name].recv()
                 if repetition:

@@ -119,7 +119,7 @@ def _candidates(coarse_ND: np.ndarray, bounds_3N: np.ndarray, query_QD: np.ndarr
         threshold_Q = np.array([one.threshold for one in best])
         if start == 0 and len(estimate_BQ) > top:
             # The first block's own best estimates exclude most of its rows at once.
-            threshold_Q = estimate_BQ.topk(top, dim=0).values[-1].double().numpy() * scale_Q - off_Q
+            threshold_Q = _reached(estimate_BQ, top).double().numpy() * scale_Q - off_Q
         floor_Q = ((threshold_Q - off_Q) / scale_Q).astype(np.float32)
         queries, rows = (estimate_BQ.t() >= torch.from_numpy(floor_Q)[:, None]).nonzero().t().numpy()
         ends = np.searchsorted(queries, np.arange(len(best)), side="right").tolist()
@@ -129,6 +129,15 @@ def _candidates(coarse_ND: np.ndarray, bounds_3N: np.ndarray, query_QD: np.ndarr
                 estimate = estimate_BQ[own, query].double().numpy() * scale_Q[query]
                 best[query].add(own + start, estimate, off(error_B[own], length_B[own], query))
     return [np.sort(one.rows) for one in best]
+
+
+def _reached(estimate_BQ: torch.Tensor, top: int) -> torch.Tensor:
+    """[Q]: what at least `top` rows reach. The greatest of runs of rows stand for all: one pass, no sort."""
+    runs = max(top, SMALLEST_BLOCK)
+    length = len(estimate_BQ) // runs
+    if length > 1:
+        estimate_BQ = estimate_BQ[: runs * length].unflatten(0, (runs, length)).amax(1)
+    return estimate_BQ.topk(top, dim=0).values[-1]
 
 
 _INTEGER_KERNEL: list[bool] = []

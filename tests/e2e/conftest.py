@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,6 @@ from tests.conftest import COLOURS, SHAPES, TrainedRun
 
 ROOT = Path(__file__).parents[2]
 MOST_BYTES = 200_000
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--use-fake-ui-for-media-stream",
-    "--use-fake-device-for-media-stream",
-]
 ATTACK = "<img src=x onerror=\"document.title='taken over'\">"
 REFUSED = "Failed to load resource"  # what Chromium writes into its console for every status of 400 or more
 
@@ -41,12 +31,19 @@ def served(trained_run: TrainedRun, tmp_path_factory: pytest.TempPathFactory) ->
     captions = folder / "captions.txt"
     lines = [f"A {colour} {shape} at the centre." for colour in COLOURS[:2] for shape in SHAPES[:2]]
     captions.write_text("\n".join([ATTACK, *lines]) + "\n", encoding="utf-8")
-    words = [sys.executable, "-m", "clipdist.cli", "serve", str(trained_run.folder / "model"), "--port", "0"]
-    words += ["--classes", str(classes), "--captions", str(captions), "--threads", "1"]
-    words += ["--max-upload-bytes", str(MOST_BYTES), "--max-batch-files", "2", "--max-text-characters", "200"]
+    words = ["--classes", str(classes), "--captions", str(captions), "--max-text-characters", "200"]
+    words += ["--max-upload-bytes", str(MOST_BYTES), "--max-batch-files", "2"]
+    with serving(trained_run.folder / "model", words, folder) as address:
+        yield address
+
+
+@contextmanager
+def serving(model: Path, words: list[str], folder: Path) -> Iterator[str]:
+    """The address of `clipdist serve` in a process of its own, which writes its log into `folder`."""
+    command = [sys.executable, "-m", "clipdist.cli", "serve", str(model), "--port", "0", "--threads", "1", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with open(folder / "log.txt", "w+", encoding="utf-8") as log:
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=folder)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=folder)
         try:
             assert process.stdout is not None
             said = ""
@@ -62,17 +59,6 @@ def served(trained_run: TrainedRun, tmp_path_factory: pytest.TempPathFactory) ->
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Any]:
-    from playwright.sync_api import expect, sync_playwright
-
-    expect.set_options(timeout=15_000)
-    with sync_playwright() as started:
-        browser = started.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -172,22 +171,17 @@ def leaves(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.browser
-def test_it_is_searched_without_a_server(site: Path) -> None:
-    from playwright.sync_api import sync_playwright
-
+def test_it_is_searched_without_a_server(site: Path, chromium: Any) -> None:
     asked: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page()
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("pageerror", lambda error: pytest.fail(str(error)))
-        page.goto((site / "index.html").as_uri())
-        page.click("input.md-search__input")
-        page.keyboard.type("preemption")
-        found = page.wait_for_selector("a.md-search-result__link")
-        assert found is not None
-        assert ".html" in (found.get_attribute("href") or "")
-        browser.close()
+    page = chromium.new_page()
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: pytest.fail(str(error)))
+    page.goto((site / "index.html").as_uri())
+    page.click("input.md-search__input")
+    page.keyboard.type("preemption")
+    found = page.wait_for_selector("a.md-search-result__link")
+    assert ".html" in (found.get_attribute("href") or "")
+    page.close()
     assert all(urlsplit(address).scheme in ("file", "data", "blob", "about") for address in asked), asked
 
 

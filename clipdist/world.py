@@ -332,7 +332,7 @@ def barrier() -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
         # Not dist.barrier(): under NCCL that one guesses a device.
         device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
-        sum_over_ranks(torch.zeros(1, device=device))
+        sum_over_ranks(torch.zeros(1, device=device)).item()  # NCCL's own call returns at once
 
 
 def report(error: Exception) -> None:

@@ -23,6 +23,9 @@ from clipdist.world import World
 
 LEVELS = ("none", "index", "looks")  # those of leaks.py, which takes longer to import
 
+HOURS_OF_SCORING = 7 * 24
+"""For which all ranks but one wait: bootstraps, probes and near-duplicates are that one's work."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="model folder, such as runs/phantom/model")
@@ -163,7 +166,7 @@ def join_ranks(device: str | None) -> tuple[World, Any]:
     if world.announced().world_size > 1:
         from clipdist.train.launched import make_accelerator
 
-        accelerator = make_accelerator("fp32")
+        accelerator = make_accelerator("fp32", hang_minutes=HOURS_OF_SCORING * 60 / 2)
         if device in (None, "cuda"):
             chosen = accelerator.device
     return world.check_size(), chosen
@@ -172,7 +175,12 @@ def join_ranks(device: str | None) -> tuple[World, Any]:
 def leave_ranks(who: World) -> None:
     """Returns when the last has come here: a launcher takes the end of one for the end of all."""
     if who.world_size > 1:
-        world.barrier()
+        try:
+            world.barrier()
+        except RuntimeError:  # rank 0 ended while this one waited
+            if who.is_main:
+                raise
+            raise UserError("rank 0 has ended; its own message says why") from None
 
 
 def out_folder(args: argparse.Namespace) -> Path:

@@ -47,8 +47,12 @@ class TextProjectionConfig:
     """As `projection.bias`."""
 
     def beside(self, other: ProjectionConfig) -> ProjectionConfig:
-        """What is built, where the image tower has the other one."""
+        """What is built, where the image tower has the other one. Raises `UserError` for keys that would be ignored."""
         if self.kind == "same":
+            if self != TextProjectionConfig():
+                raise UserError(
+                    "model.text_projection: found keys beside kind=same, expected none; set kind to linear or mlp"
+                )
             return other
         return ProjectionConfig(
             kind=self.kind, hidden=self.hidden, layer_norm=self.layer_norm, dropout=self.dropout, bias=self.bias

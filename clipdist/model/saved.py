@@ -140,7 +140,11 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> "Saved
     """
     folder = Path(folder)
     path = folder / "model.json"
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device}: cannot be used ({first_line(error)}); expected cpu or cuda") from None
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         if body.get("format") != FORMAT or body.get("version") != FORMAT_VERSION:

@@ -37,8 +37,9 @@ class Said:
     """What `clipdist eval` wrote."""
 
 
-def read_evaluations(paths: Sequence[Path], model: Path) -> list[dict[str, Any]]:
-    """The JSON of `clipdist eval`. Raises `UserError` for other files, and for scores of another model."""
+def read_evaluations(paths: Sequence[Path], model: Path, digest: str | None = None) -> list[dict[str, Any]]:
+    """The JSON of `clipdist eval`; `digest` is that of the model's weights. Raises `UserError` for other files, and for
+    scores of another model."""
     found = []
     for path in paths:
         try:
@@ -47,6 +48,11 @@ def read_evaluations(paths: Sequence[Path], model: Path) -> list[dict[str, Any]]
             raise UserError(f"--scores {path}: cannot be read ({error}); expected JSON of clipdist eval") from None
         if not (isinstance(body, dict) and "split" in body and _KINDS & body.keys()):
             raise UserError(f"--scores {path}: found no scores of a split, expected JSON of clipdist eval")
+        if digest is not None and body.get("model_digest", digest) != digest:
+            raise UserError(
+                f"--scores {path}: they are scores of a model of digest {body['model_digest']}, expected those of "
+                f"{model}, {digest}"
+            )
         scored = Path(str(body.get("model", model)))
         if scored.exists() and scored.resolve() != model.resolve():
             raise UserError(f"--scores {path}: they are scores of {scored}, expected those of {model}")

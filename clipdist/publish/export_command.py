@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
     configure_logging()
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells of every constant that it leaves alone
-    said = Said(args.notice, read_evaluations(args.scores, args.model))
     saved = load(args.model, "cpu")
+    said = Said(args.notice, read_evaluations(args.scores, args.model, saved.digest))
     samples = real_samples(args.data, args.split) if args.data else generated_samples(saved)
     report = export(saved, args.to, args.out, samples, Asked(args.tower, args.hub_name), said)
     print("\n".join(_said(args.out, report)))

@@ -96,6 +96,10 @@ def _embedded(
         if data is None:
             if not query.strip():
                 raise UserError("query: found an empty text, expected words or an image file")
+            try:
+                query.encode()
+            except UnicodeEncodeError:
+                raise UserError("query: found bytes that are no text in UTF-8") from None
             query_QD[place] = saved.encode_text([query])[0]
             continue
         try:

@@ -4,7 +4,7 @@ import io
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageCms
 
 from clipdist.data.images.augment import AugmentConfig
 from clipdist.data.images.decode import load_for_evaluation, load_for_training
@@ -103,3 +103,11 @@ def trained(
     assert pixels.dtype == np.uint8
     assert pixels.shape == (side, side, 3)
     return pixels.astype(int)
+
+
+def swapped_profile() -> bytes:
+    """An RGB profile with the red and the green primary exchanged: nobody overlooks it."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, green = profile.index(b"rXYZ"), profile.index(b"gXYZ")
+    profile[red : red + 4], profile[green : green + 4] = b"gXYZ", b"rXYZ"
+    return bytes(profile)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from clipdist import cli
 from clipdist.data.images.pillow import to_rgb
@@ -28,6 +28,9 @@ from clipdist.publish.export.shipped.pixels_clipdist import square
 from clipdist.publish.export.work import export
 from clipdist.publish.notice import MEDICAL, RESEARCH, notice_of
 from tests.unit.export_models import CLIP, classifier, encoder
+from tests.unit.pictures import swapped_profile
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def test_the_command(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +206,24 @@ def test_samples_of_a_set_without_images(shapes: Path) -> None:
     assert len(real_samples(str(shapes), "val").images) == 8
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK"])
+@pytest.mark.parametrize("profile", [swapped_profile(), swapped_profile()[:300], SRGB], ids=["swapped", "torn", "sRGB"])
+def test_the_shipped_pixels_follow_colour_profiles_as_training_does(mode: str, profile: bytes) -> None:
+    rng = np.random.default_rng(1)
+    picture = Image.fromarray(rng.integers(0, 256, (40, 60, 4), np.uint8), "RGBA").convert(mode)
+    picture.info["icc_profile"] = profile
+    expected = np.asarray(fit(to_rgb(picture.copy()), 24, "crop"))
+    np.testing.assert_array_equal(square(picture, 24, "crop"), expected)
+    if mode == "RGB" and profile == swapped_profile():
+        del picture.info["icc_profile"]
+        assert np.abs(square(picture, 24, "crop").astype(int) - expected).max() > 50, "the profile counts"
+
+
+def test_the_shipped_pixels_refuse_greys_of_more_bits() -> None:
+    with pytest.raises(ValueError, match="expected 8 bits"):
+        square(Image.fromarray(np.full((8, 8), 1000, np.uint16)), 8, "crop")
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 90),
@@ -298,3 +319,16 @@ def test_nothing_of_the_report_is_no_json(tmp_path: Path) -> None:
     assert body == report
     assert body["model"] == saved.digest
     assert {"clipdist", "torch", "timm", "python"} <= body["versions"].keys()
+
+
+def test_a_wrong_bias_is_no_export(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    saved = encoder(temperature={"bias": -9.9})
+    weights = hugging_face._weights
+
+    def wrong(*words: Any) -> dict[str, torch.Tensor]:
+        return {**weights(*words), "logit_bias": torch.tensor(123.0)}
+
+    monkeypatch.setattr(hugging_face, "_weights", wrong)
+    with pytest.raises(UserError, match=r"logit bias is 123\.0"):
+        export(saved, "huggingface", tmp_path / "out", generated_samples(saved), Asked())
+    assert not (tmp_path / "out").exists()

@@ -24,6 +24,7 @@ from tests.unit.pictures import (
     quadrants,
     smooth,
     stored,
+    swapped_profile,
     trained,
     with_orientation,
 )
@@ -277,14 +278,6 @@ def test_at_least_is_covered_by_the_smallest_decode() -> None:
 
 
 # Colour profiles
-
-
-def swapped_profile() -> bytes:
-    """An RGB profile with the red and the green primary exchanged: nobody overlooks it."""
-    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    red, green = profile.index(b"rXYZ"), profile.index(b"gXYZ")
-    profile[red : red + 4], profile[green : green + 4] = b"gXYZ", b"rXYZ"
-    return bytes(profile)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])

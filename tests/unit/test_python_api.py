@@ -36,6 +36,12 @@ def test_a_dual_encoder_classifies_by_names(trained_run: TrainedRun, shapes: Pat
             saved.zero_shot(wrong)
 
 
+@pytest.mark.parametrize("device", ["foo", "cuda"])
+def test_a_device_that_cannot_be_used_is_named(device: str, trained_run: TrainedRun) -> None:
+    with pytest.raises(UserError, match=f"device {device}: cannot be used"):
+        load(trained_run.folder / "model", device)
+
+
 def test_a_model_is_known_by_its_weights(trained_run: TrainedRun) -> None:
     folder = trained_run.folder / "model"
     assert load(folder, "cpu").digest == checksum_file(folder / "model.safetensors")

@@ -361,3 +361,14 @@ def test_maps_change_when_weights_are_randomised(sees_shapes: SavedModel) -> Non
         pair = [relevance_maps(saved, both, texts)[0].ravel() for saved in (sees_shapes, random)]
         alike.append(np.corrcoef(*pair)[0, 1])
     assert np.mean(alike) < 0.5
+
+
+def test_hiera_keeps_its_tokens_in_rows_behind_the_last_stage_alone() -> None:
+    """Before, they lie in the order in which they will be pooled: a map of them would be scrambled."""
+    options = {"embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1)}
+    tower = ImageTower(ImageTowerConfig(name="timm:hiera_tiny_224", side=128, options=options)).eval()
+    pixels = torch.randint(0, 256, (3, 128, 128), dtype=torch.uint8)
+    with undisturbed(tower):
+        found, method = relevance(tower, pixels, lambda features_1C: features_1C.sum(1), "grad-cam")
+    assert method == "grad-cam"
+    assert found.shape == (1, 4, 4), "32 pixels to a cell"

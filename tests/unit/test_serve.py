@@ -189,6 +189,9 @@ def test_wrong_requests_are_told_what_is_wrong(client: TestClient) -> None:
     assert "Missing boundary" in problem(post("/api/image", content=RED, headers=headers), 400)
     headers = {"content-type": "multipart/form-data; boundary=x"}
     problem(post("/api/image", content=b"--y\r\nrubbish", headers=headers), 400)
+    headers = {"content-type": "multipart/form-data; boundary=x; charset=undefined"}
+    form = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + RED + b"\r\n--x--\r\n"
+    assert "names cannot be read" in problem(post("/api/image", content=form, headers=headers), 400)
     assert "empty" in problem(post("/api/image", files={"image": b""}), 422)
     for text in (b"GIF89a", RED[:60], b"\xff\xd8\xff\xe0", b"II*\0" + bytes(20)):
         assert "cannot be read" in problem(post("/api/image", files={"image": text}), 422)

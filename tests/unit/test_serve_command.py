@@ -175,6 +175,22 @@ def test_a_calibration_brings_temperature_and_classes(model: Path, classes: Path
         setup.read_calibration(tmp_path / "evaluation.json", classifier())
 
 
+def test_a_calibration_of_other_weights_or_templates_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = calibrated(model, tmp_path / "evaluation.json")
+    (tmp_path / "templates.txt").write_text("a drawing of {}\n", encoding="utf-8")
+    told = refused(capsys, model, "--calibration", path, "--templates", tmp_path / "templates.txt")
+    assert "fitted with other templates" in told
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_digest": "f" * 16}), encoding="utf-8")
+    assert f"of digest {'f' * 16}" in refused(capsys, model, "--calibration", path)
+
+
+@pytest.mark.parametrize("wait", ["inf", "1e20", "nan", "-1"])
+def test_a_wait_that_never_ends_is_refused(wait: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "expected 0 to 60,000" in refused(capsys, model, f"--max-wait-ms={wait}")
+
+
 def test_a_calibration_of_other_classes_is_refused(
     model: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

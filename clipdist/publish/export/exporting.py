@@ -68,6 +68,8 @@ class Foreign:
     normalised: bool = True
     """Whether images are normalised float32, or uint8 pixels."""
     temperature: float | None = None
+    bias: float = 0.0
+    """Added to the logits, beside a temperature."""
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """What whoever uses it should know."""
@@ -162,7 +164,17 @@ def compare(saved: Saved, own: Own, foreign: Foreign, samples: Samples) -> dict[
         if abs(foreign.temperature / mine - 1) > TOLERANCE:
             raise UserError(f"the export's temperature is {foreign.temperature:.6f}, the model's {mine:.6f}")
         report["temperature"] = mine
+        bias = saved.model.temperature.bias if isinstance(saved, SavedModel) else None
+        own_bias = 0.0 if bias is None else float(bias.detach())
+        if abs(foreign.bias - own_bias) > TOLERANCE * max(1.0, abs(own_bias)):
+            raise UserError(f"the export's logit bias is {foreign.bias:.6f}, the model's {own_bias:.6f}")
     return report
+
+
+def bias_of(model: Any) -> float:
+    """The `logit_bias` of another library's model; 0 where it has none."""
+    bias = getattr(model, "logit_bias", None)
+    return 0.0 if bias is None else float(bias.detach())
 
 
 def _difference(what: str, expected: Tensor, found: Tensor) -> float:

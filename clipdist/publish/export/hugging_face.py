@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipdist.model.saved import Saved, SavedModel, plain
-from clipdist.publish.export.exporting import PIXELS, SHIPPED, Asked, Foreign, Own, projection_of, travelling_tokenizer
+from clipdist.publish.export.exporting import (
+    PIXELS,
+    SHIPPED,
+    Asked,
+    Foreign,
+    Own,
+    bias_of,
+    projection_of,
+    travelling_tokenizer,
+)
 from clipdist.publish.export.tower_folders import classifier_folder, embeddings_of, load_classifier_folder
 from clipdist.publish.export.tower_folders import usage as classifier_usage
 
@@ -171,6 +180,7 @@ def load(saved: Saved, folder: Path, asked: Asked) -> tuple[Own, Foreign]:
         text=text,
         prepare=prepare,
         temperature=float(1 / model.logit_scale.detach().exp()),
+        bias=bias_of(model),
         versions={"transformers": transformers.__version__},
         notes=_notes(own_code, foreign_code),
     )

@@ -162,6 +162,10 @@ def _write_graph(
             f"--to onnx: torch cannot make a graph of {path.name} ({type(error).__name__}: {' '.join(lines[:1])[:300]})"
         ) from error
     graph = onnx.load(str(path))
+    # torch writes where each node came from: paths of this machine, which nobody else needs to know.
+    for nodes in (graph.graph.node, *(function.node for function in graph.functions)):
+        for node in nodes:
+            del node.metadata_props[:]
     for key, value in about.items():
         graph.metadata_props.add(key=key, value=value)
     if graph.ByteSize() > LARGEST_FILE:
@@ -221,7 +225,9 @@ def load(saved: Saved, folder: Path, asked: Asked) -> tuple[Own, Foreign]:
 
     own = embeddings_of(saved)
     temperature = float(_metadata(words)["clipdist.temperature"])
-    return own, Foreign("onnxruntime, on the CPU", text=text, temperature=temperature, **shared)
+    told = json.loads((folder / "preprocessing.json").read_text(encoding="utf-8"))
+    bias = float(told["logit_bias"] or 0.0)
+    return own, Foreign("onnxruntime, on the CPU", text=text, temperature=temperature, bias=bias, **shared)
 
 
 def _check_probabilities(saved: SavedClassifier, session: Any) -> None:

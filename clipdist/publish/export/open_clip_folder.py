@@ -27,6 +27,7 @@ from clipdist.publish.export.exporting import (
     Asked,
     Foreign,
     Own,
+    bias_of,
     missing_package,
     projection_of,
     travelling_tokenizer,
@@ -285,6 +286,7 @@ def load(saved: Saved, folder: Path, asked: Asked) -> tuple[Own, Foreign]:
         text=lambda texts: model.encode_text(tokenize(list(texts)), normalize=True),
         prepare=prepare,
         temperature=float(1 / model.logit_scale.detach().exp()),
+        bias=bias_of(model),
         versions={"open_clip": open_clip.__version__},
         notes=_notes(saved, asked),
     )

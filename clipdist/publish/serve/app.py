@@ -198,7 +198,11 @@ class Form:
         found = [one for one in self._fields.getlist(name) if isinstance(one, UploadFile)]
         if not found:
             raise Refused(422, f"{name}: found no file, expected an image")
-        return [(one.filename or "", await one.read()) for one in found]
+        held = []
+        for one in found:
+            held.append((one.filename or "", await one.read()))
+            await one.close()  # what was sent is held once
+        return held
 
     def text(self, name: str) -> str:
         """Empty when it was not sent."""
@@ -224,6 +228,8 @@ async def read_form(request: Request, files: int) -> Form:
     try:
         parser = _Parser(request.headers, request.stream(), max_files=files, max_fields=16)
         fields = await parser.parse()
+    except UnicodeError:
+        raise Refused(400, "the form's names cannot be read: expected them in UTF-8") from None
     except MultiPartException as error:
         limit = "exceeded" in error.message or "Maximum" in error.message
         raise Refused(413 if limit else 400, f"the form cannot be read: {error.message}") from None

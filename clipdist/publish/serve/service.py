@@ -238,7 +238,7 @@ def _likeliest(
 
 def _plain(name: str) -> str:
     """A file's name without folders; one that a spreadsheet would take for a formula has an apostrophe before it."""
-    name = name.replace("\\", "/").rpartition("/")[2]
+    name = name.encode(errors="replace").decode().replace("\\", "/").rpartition("/")[2]
     return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
 
 

@@ -24,6 +24,7 @@ from clipdist.publish.serve.service import Service
 
 logger = logging.getLogger(__name__)
 
+MOST_WAIT_MS = 60_000
 MOST_CAPTIONS = 20_000
 """Of a gallery's own texts, which are embedded when the service starts."""
 
@@ -57,8 +58,8 @@ def prepare(args: argparse.Namespace, limits: Limits) -> Service:
     for name in ("max_batch", "decoders", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected 1 or more")
-    if not args.max_wait_ms >= 0:
-        raise UserError(f"--max-wait-ms: found {args.max_wait_ms}, expected 0 or more")
+    if not 0 <= args.max_wait_ms <= MOST_WAIT_MS:
+        raise UserError(f"--max-wait-ms: found {args.max_wait_ms}, expected 0 to {MOST_WAIT_MS:,}")
     named = read_classes(args.classes) if args.classes else {}
     templates = read_templates(args.templates) if args.templates else []
     captions = read_captions(args.captions) if args.captions else []
@@ -69,6 +70,11 @@ def prepare(args: argparse.Namespace, limits: Limits) -> Service:
             raise UserError(
                 f"--calibration {args.calibration}: its temperature was fitted on other classes than those of "
                 f"{args.classes}; leave --classes away, or evaluate again with them"
+            )
+        if templates and templates != calibration.templates:
+            raise UserError(
+                f"--calibration {args.calibration}: its temperature was fitted with other templates than those of "
+                f"{args.templates}; leave --templates away, or evaluate again with them"
             )
         named = named or {some[0]: some for some in calibration.prompts}
         templates = templates or calibration.templates
@@ -161,6 +167,11 @@ def read_calibration(path: Path, saved: Any) -> Calibration:
             f"{path}: no calibration in it ({type(error).__name__}: {error}); expected what "
             f"clipdist eval --zero-shot FIELD --calibrate SPLIT writes"
         ) from None
+    if (of_model := body.get("model_digest", saved.digest)) != saved.digest:
+        raise UserError(
+            f"{path}: it was measured on the model of digest {of_model}, and this one has {saved.digest}; expected an "
+            f"evaluation of this model"
+        )
     if not math.isclose(scale * saved.temperature, 1, rel_tol=1e-3):
         raise UserError(
             f"{path}: it was measured at a temperature of {1 / scale:.4g}, and this model has {saved.temperature:.4g}; "

@@ -37,6 +37,7 @@ from clipdist.publish.embedding_source import SetSource, Source, TableColumns, k
 from clipdist.publish.embeddings import FORMAT, FORMAT_VERSION, INFO
 
 UNFINISHED = "unfinished"
+IN_UNFINISHED = {"plan.json", "plan.json.partial", "parts", "listing.parquet", "listing.parquet.partial"}
 CHUNK = 512
 MOST_CHUNKS = 4096
 TEXTS_AT_ONCE = 256
@@ -110,7 +111,7 @@ def embed(
         with _locked(out / "lock"):
             work.mkdir(exist_ok=True)
             source: Source
-            source = SetSource(data, splits) if kind == "shards" else _listed(data, work, columns)
+            source = SetSource(data, splits) if kind == "shards" else _listed(data, work, columns, options)
             if not len(source):
                 raise UserError(f"{data}: no samples to embed")
             plan = make_plan(model, saved, source, options)
@@ -152,15 +153,31 @@ def make_plan(model: str | Path, saved: SavedModel, source: Source, options: Emb
     }
 
 
-def _listed(data: str, work: Path, columns: TableColumns | None) -> Source:
-    return list_files(data, work / "listing.parquet", columns or TableColumns())
+def _listed(data: str, work: Path, columns: TableColumns | None, options: EmbedOptions) -> Source:
+    return list_files(data, work / "listing.parquet", columns or TableColumns(), captions=options.text)
 
 
 def _prepare(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    others = {path.name for path in out.iterdir()}
-    if others and not others & {INFO, UNFINISHED, "lock"}:
-        raise UserError(f"--out {out}: holds {sorted(others)[0]!r}, and no embeddings; choose an empty folder")
+    names = {path.name for path in out.iterdir()}
+    begun = _names_in_unfinished(out / UNFINISHED)
+    if strange := sorted(begun - IN_UNFINISHED):
+        raise UserError(
+            f"--out {out}: its {UNFINISHED!r} holds {strange[0]!r}, which no embedding writes, and would be removed at "
+            f"the end; choose an empty folder"
+        )
+    others = sorted(names - {UNFINISHED, "lock"})
+    if others and INFO not in names and "plan.json" not in begun:
+        raise UserError(f"--out {out}: holds {others[0]!r}, and no embeddings; choose an empty folder")
+
+
+def _names_in_unfinished(work: Path) -> set[str]:
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
+        raise UserError(f"--out {work.parent}: its {UNFINISHED!r} is no folder of ours; choose an empty folder")
+    try:
+        return {path.name for path in work.iterdir()}
+    except FileNotFoundError:  # also: another process has just finished
+        return set()
 
 
 @contextmanager

@@ -40,6 +40,8 @@ OWN_COLUMNS = ("key", "texts", "split", "number", "image")
 OTHER = "other"
 """Column of the finished table with all that has no column of its own, a JSON object."""
 MOST_COLUMNS = 200
+ROWS_TOGETHER = 512
+"""In the finished table, the most rows of a group."""
 KINDS = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
 
 
@@ -73,7 +75,7 @@ def write_part(parts: Path, number: int, part: Part) -> None:
         [{**row, "fields": json.dumps(row["fields"], sort_keys=True)} for row in part.rows], ROW_SCHEMA
     )
     pq.write_table(table, partial / "rows.parquet", compression="zstd")
-    (partial / "bad.jsonl").write_text(_lines(part.bad), encoding="utf-8")
+    (partial / "bad.jsonl").write_bytes(_lines(part.bad))
     about = {
         "rows": len(part.rows),
         "texts": 0 if part.owner_m is None else len(part.owner_m),
@@ -96,8 +98,10 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _lines(records: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+def _lines(records: Iterable[dict[str, Any]]) -> bytes:
+    """JSON lines; what UTF-8 cannot hold is escaped."""
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return lines.encode("utf-8", "backslashreplace")
 
 
 def _kinds(fields: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
@@ -187,8 +191,8 @@ def _join_rows(parts: Sequence[Path], folder: Path, schema: pa.Schema) -> Path:
             for name in columns:
                 made[name] = pa.array([one.pop(name, None) for one in fields], schema.field(name).type)
             made[OTHER] = pa.array([json.dumps(one, ensure_ascii=False) if one else None for one in fields])
-            # One group of rows for each part: so a single row is read by decoding one part's.
-            writer.write_table(pa.table(made, schema=schema), row_group_size=len(table))
+            # Small groups, however large the parts: a single row is read by decoding one, and readers hold several.
+            writer.write_table(pa.table(made, schema=schema), row_group_size=ROWS_TOGETHER)
     return partial
 
 

@@ -211,7 +211,10 @@ class StoredEmbeddings:
         record = self.record(row)
         try:
             if "number" in record:
-                sample = self._source.read_in(record["split"], record["number"])
+                try:
+                    sample = self._source.read_in(record["split"], record["number"])
+                except IndexError:
+                    raise BadSample(f"the set has no sample {record['number']} any more: it has changed") from None
                 if sample.key != record["key"]:
                     raise BadSample(f"found sample {sample.key!r} there: the set has changed")
                 data: bytes = sample.image

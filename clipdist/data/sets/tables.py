@@ -2,6 +2,7 @@
 
 import datetime
 import difflib
+import errno
 import json
 import math
 import re
@@ -269,13 +270,19 @@ def sidecar(image: Path, *, text_needed: bool = True) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for suffix in (".txt", ".json"):
         for path in (image.with_suffix(suffix), image.with_name(image.name + suffix)):
-            if not path.is_file():
-                continue
             try:
+                if not path.is_file():
+                    continue
                 text = path.read_text(encoding="utf-8-sig")
                 fields = json.loads(text) if suffix == ".json" else {"text": text}
             except (UnicodeDecodeError, json.JSONDecodeError) as error:
                 raise ValueError(f"{path.name}: not {'JSON' if suffix == '.json' else 'UTF-8'} ({error})") from None
+            except RecursionError:
+                raise ValueError(f"{path.name}: JSON that is nested too deeply") from None
+            except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:
+                    continue  # so there is none
+                raise
             if not isinstance(fields, dict):
                 raise ValueError(f"{path.name}: holds a {type(fields).__name__}, expected an object")
             found.update(fields)

@@ -16,7 +16,7 @@ from typing import Any
 
 from clipdist import world
 from clipdist.data.mixing import called
-from clipdist.data.shards import ShardSet, write_atomically
+from clipdist.data.shards import ShardSet, checksum_file, write_atomically
 from clipdist.errors import UserError, disk_errors
 from clipdist.train.command import configure_logging
 from clipdist.world import World
@@ -125,8 +125,7 @@ def run(args: argparse.Namespace) -> int:
     shard_set = ShardSet.open(args.data) if args.data else None
     from clipdist.evaluate.candidates import read_queries
 
-    candidates = args.candidates if len(args.candidates) != 1 else args.candidates * len(args.queries)
-    queries = [read_queries(*files, args.images) for files in zip(args.queries, candidates, strict=True)]
+    queries = [read_queries(*files, args.images) for files in _query_files(args)]
     templates = _templates(args.templates)
     for split in _asked(args, "", templates).splits() if shard_set else ():
         assert shard_set is not None
@@ -339,15 +338,27 @@ def _write(out: Path, name: str, body: dict[str, Any]) -> list[Path]:
     return paths
 
 
+def _query_files(args: argparse.Namespace) -> list[tuple[Path, Path]]:
+    """(queries, candidates) for each file of queries."""
+    candidates = args.candidates if len(args.candidates) != 1 else args.candidates * len(args.queries)
+    return list(zip(args.queries, candidates, strict=True))
+
+
 def _write_queries(args: argparse.Namespace, queries: Sequence[Any], saved: Any) -> list[Path]:
     """Scores and prints what the files of queries ask for."""
     from clipdist.evaluate.suite import query_part
 
     paths, out = [], out_folder(args)
-    for file, one in zip(args.queries, queries, strict=True):
+    for (file, candidates), one in zip(_query_files(args), queries, strict=True):
         part = query_part(one, saved, args.bootstrap, args.seed)
         print(f"{part.table}\n")
-        body = {part.name: part.body, "data": str(file), "model": str(args.model), "bootstrap": args.bootstrap}
+        body = {
+            part.name: part.body,
+            "data": str(file),
+            "queries_digest": f"{checksum_file(file)}+{checksum_file(candidates)}",
+            "model": str(args.model),
+            "bootstrap": args.bootstrap,
+        }
         with disk_errors(out):
             paths += _write(out, f"{file.resolve().parent.name}-{file.stem}", body)
     run = args.model.resolve().parent

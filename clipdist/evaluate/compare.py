@@ -24,6 +24,7 @@ from clipdist.evaluate.estimates import (
     percentiles,
     ratio_of,
     resampled,
+    unit_name,
     unit_numbers,
 )
 from clipdist.evaluate.outcomes import CLASS_PARTS, DIRECTIONS, Outcomes
@@ -36,7 +37,7 @@ SAME = {"split": "split", "groups": "groups", "unit": "unit"}
 SETTINGS: dict[str, tuple[str, ...]] = {
     "in_batch": ("batch", "batches"),
     "pool": ("pool", "repeats"),
-    "zero_shot": ("field", "classes"),
+    "zero_shot": ("field", "classes", "prompts", "templates"),
     "classification": ("field", "classes"),
     "calibration": ("fitted_on",),
     "probe": ("fields", "classes", "fitted_on", "features"),
@@ -140,7 +141,7 @@ def read_run(folder: Path) -> Run:
     run = Run(folder.resolve().name, folder)
     try:
         if (folder / "config.yaml").exists():
-            run.config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            run.config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
         if (folder / "environment.json").exists():
             run.environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
         run.records = read_records(folder / METRICS)[0]
@@ -150,6 +151,10 @@ def read_run(folder: Path) -> Run:
                 run.evaluations[path.stem] = body
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: a file of this run cannot be read ({str(error).splitlines()[0]})") from None
+    for name, found in (("config.yaml", run.config), ("environment.json", run.environment)):
+        if not isinstance(found, dict):
+            kind = type(found).__name__
+            raise UserError(f"{folder / name}: found a {kind}, expected names with values; restore or remove the file")
     if not (run.config or run.evaluations):
         raise UserError(f"{folder}: neither config.yaml nor an evaluation in it; expected the folder of a run")
     return run
@@ -181,6 +186,8 @@ def compare_runs(runs: Sequence[Run], *, bootstrap: int = 10_000, seed: int = 0)
                 refused.append((stem, run.name, why))
             else:
                 same.append((run, found))
+                parts = _other_parts(body, run.evaluations[found])
+                refused += [(f"{stem}, {part}", run.name, "measured with other settings") for part in parts]
         if same:
             measurements.append(_measurement(reference, stem, same, bootstrap, seed))
     for run in others:
@@ -209,11 +216,11 @@ def _distinct_names(runs: Sequence[Run]) -> list[Run]:
 
 
 def _counterpart(stem: str, body: Mapping[str, Any], run: Run) -> str | None:
-    """The run's evaluation of the same split, or else of the same name."""
+    """The run's evaluation of the same split or queries, or else of the same name."""
     for name, other in run.evaluations.items():
-        digests = [one.get("split_digest") for one in (body, other)]
-        if digests[0] and digests[0] == digests[1] and not why_not(body, other):
-            return name
+        for kind in ("split_digest", "queries_digest"):
+            if body.get(kind) and body.get(kind) == other.get(kind) and not why_not(body, other):
+                return name
     return stem if stem in run.evaluations else None
 
 
@@ -233,13 +240,23 @@ def why_not(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
     left = [sorted(str(bad.get("key")) for bad in body.get("left_out") or []) for body in (one, other)]
     if left[0] != left[1]:
         return f"another gallery: {len(left[0]):,} and {len(left[1]):,} samples could not be read"
-    if "query_candidates" in one and one.get("data") != other.get("data"):
-        return "other queries"
+    if "query_candidates" in one:
+        return _other_queries(one, other)
     for way in DIRECTIONS:
         sizes = [(body.get(way) or {}).get("gallery") for body in (one, other)]
         if sizes[0] != sizes[1]:
-            return f"another gallery ({sizes[0]:,} and {sizes[1]:,})"
+            told = ["unknown" if size is None else f"{size:,}" for size in sizes]
+            return f"another gallery ({told[0]} and {told[1]})"
     return None
+
+
+def _other_queries(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """By what the files of queries and candidates hold, wherever they lie."""
+    if not (one.get("queries_digest") and other.get("queries_digest")):
+        return "made before digests of the queries' files were kept; run clipdist eval again"
+    sizes = [[body["query_candidates"].get(name) for name in ("kind", "queries", "gallery")] for body in (one, other)]
+    same = one["queries_digest"] == other["queries_digest"] and sizes[0] == sizes[1]
+    return None if same else "other queries or candidates"
 
 
 def _measurement(reference: Run, stem: str, same: Sequence[tuple[Run, str]], bootstrap: int, seed: int) -> Measurement:
@@ -251,33 +268,36 @@ def _measurement(reference: Run, stem: str, same: Sequence[tuple[Run, str]], boo
         body = run.evaluations[other_stem]
         for name, estimate in _scores(body, own):
             scores.setdefault(name, {})[run.name] = estimate
-        notes += [f"{run.name}: {part} was measured with other settings" for part in _other_parts(own, body)]
         if body.get("model_digest") and body.get("model_digest") == own.get("model_digest"):
             notes.append(f"{run.name} and {reference.name} have the same weights")
         try:
-            found = paired_differences(
-                reference.outcomes(stem), run.outcomes(other_stem), bootstrap=bootstrap, seed=seed
-            )
+            both = reference.outcomes(stem), run.outcomes(other_stem)
+            found = paired_differences(*both, bootstrap=bootstrap, seed=seed)
         except UserError as error:
             notes.append(f"not tested: {error}")
             continue
+        left = {part: why for part, why in _other_classes(*both).items() if part not in _other_parts(own, body)}
+        notes += [f"{run.name}: {part} is not tested: {why}" for part, why in left.items()]
         for name, (estimate, p) in found.items():
             if name in scores and run.name in scores[name]:
                 differences[name, run.name] = Difference(run.name, stem, name, estimate, p)
     told = [f"split {own['split']}"] if own.get("split") else []
-    if own.get("image_to_text"):
-        told.append(f"gallery {own['image_to_text']['gallery']:,} texts, {own['text_to_image']['gallery']:,} images")
+    galleries = [(own.get(way) or {}).get("gallery") for way in DIRECTIONS]
+    if None not in galleries:
+        told.append(f"gallery {galleries[0]:,} texts, {galleries[1]:,} images")
     told += [f"{word} {own[word]}" for word in ("groups", "unit") if own.get(word)]
     return Measurement(stem, ", ".join(told), scores, differences, tuple(notes))
 
 
 def _other_parts(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Parts that both have, measured in ways that are not the same."""
-    return [
+    """Parts that both have, measured in ways that are not the same; calibration is that of the classes' part."""
+    found = [
         part
         for part, names in SETTINGS.items()
         if part in one and part in other and any(_setting(one[part], n) != _setting(other[part], n) for n in names)
     ]
+    both = "calibration" in one and "calibration" in other and "calibration" not in found
+    return [*found, "calibration"] if both and any(part in found for part in CLASS_PARTS) else found
 
 
 def _setting(part: Mapping[str, Any], name: str) -> Any:
@@ -326,10 +346,11 @@ def paired_differences(
     Units are drawn with replacement, and both models' outcomes go with them. p is twice the smaller share of resamples
     on either side of zero, counting those at zero on both and the observed difference as one more (Davison and Hinkley
     1997, section 4.4): 1 for equal outcomes, and never below 2 / (resamples + 1). With fewer than 10 units there is no
-    p. Raises `UserError` where the two did not rank the same.
+    p. A part whose classes differ is left out. Raises `UserError` where the two did not rank the same.
     """
-    _check_same(one, other)
-    unit_N = unit_numbers(one.units, len(one.keys))
+    units = _check_same(one, other)
+    unit_N = unit_numbers(units, len(one.keys))
+    left = _other_classes(one, other)
     found: dict[str, tuple[Estimate, float | None]] = {}
 
     def tell(names: Mapping[str, Statistic], unit_Q: np.ndarray) -> None:
@@ -350,7 +371,7 @@ def paired_differences(
             )
         )
     for part in CLASS_PARTS:
-        if f"{part}/rank" not in one.arrays or f"{part}/rank" not in other.arrays:
+        if part in left or f"{part}/rank" not in one.arrays or f"{part}/rank" not in other.arrays:
             continue
         asked = one.arrays[f"{part}/rank"] > 0
         unit_Q = unit_N[asked]
@@ -411,19 +432,37 @@ def _less(one: Statistic, other: Statistic) -> Statistic:
     return lambda times_rQ: other(times_rQ) - one(times_rQ)
 
 
-def _check_same(one: Outcomes, other: Outcomes) -> None:
+def _check_same(one: Outcomes, other: Outcomes) -> list[str | None] | None:
+    """The units of both. Raises `UserError` where the two did not rank the same."""
     if list(one.keys) != list(other.keys):
         only = [len(set(a.keys) - set(b.keys)) for a, b in ((one, other), (other, one))]
         raise UserError(f"the galleries differ: {only[0]:,} images are only in the one, {only[1]:,} only in the other")
-    if one.units != other.units:
+    units, others = (None if o.units is None else [unit_name(unit) for unit in o.units] for o in (one, other))
+    if units != others:
         raise UserError("the units differ; evaluate both with the same --unit")
-    for name in ("text/owner", "text/hash", *(f"{part}/label" for part in CLASS_PARTS)):
+    for name in ("text/owner", "text/hash"):
         if name in one.arrays and name in other.arrays and not np.array_equal(one.arrays[name], other.arrays[name]):
-            raise UserError("the captions differ" if name.startswith("text") else "the images' classes differ")
-    for part in (*DIRECTIONS, *CLASS_PARTS):
-        ranks = [o.arrays.get(f"{part}/rank") for o in (one, other)]
-        if ranks[0] is not None and ranks[1] is not None and not np.array_equal(ranks[0] > 0, ranks[1] > 0):
-            raise UserError("the queries with a right answer differ")
+            raise UserError("the captions differ")
+    if any(_other_queries_asked(way, one, other) for way in DIRECTIONS):
+        raise UserError("the queries with a right answer differ")
+    return units
+
+
+def _other_classes(one: Outcomes, other: Outcomes) -> dict[str, str]:
+    """Part -> why its outcomes are not of the same classes, for those that differ in them."""
+    found = {}
+    for part in CLASS_PARTS:
+        labels = [o.arrays.get(f"{part}/label") for o in (one, other)]
+        if labels[0] is not None and labels[1] is not None and not np.array_equal(labels[0], labels[1]):
+            found[part] = "the images' classes differ"
+        elif _other_queries_asked(part, one, other):
+            found[part] = "the images with a class differ"
+    return found
+
+
+def _other_queries_asked(part: str, one: Outcomes, other: Outcomes) -> bool:
+    ranks = [o.arrays.get(f"{part}/rank") for o in (one, other)]
+    return ranks[0] is not None and ranks[1] is not None and not np.array_equal(ranks[0] > 0, ranks[1] > 0)
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from clipdist.errors import UserError
+
 CONFIDENCE = 0.95
 _DRAWS_AT_ONCE = 2**22
 
@@ -123,6 +125,19 @@ def divided(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """The quotient, NaN where the denominator is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(denominator != 0, numerator / denominator, np.nan)
+
+
+def unit_name(value: Any) -> str | None:
+    """What a unit is compared by, wherever its value was stored: 1, 1.0 and "1" are one unit; None and "" are none.
+
+    Raises `UserError` for a list or an object.
+    """
+    if isinstance(value, list | tuple | Mapping):
+        found = "an object" if isinstance(value, Mapping) else "a list"
+        raise UserError(f"unit field: found {found}, expected one value; name another field with --unit")
+    if value is None or value == "":
+        return None
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def numbered(units: Sequence[Any] | np.ndarray) -> np.ndarray:

@@ -5,14 +5,16 @@
              are as long and as large as one of the evaluated split
     looks    these on sets of any size, also behind URLs, and near-duplicates to the eye: every image is decoded
 
-A key is a leak when the captions or the bytes are equal, too: sets whose samples are only numbered have keys in common
-and nothing else.
+A key is a leak when the bytes are equal, too, or captions that one evaluated image alone has: sets whose samples are
+only numbered have keys in common, and captions from a template.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,16 @@ import numpy as np
 
 from clipdist.data.shards import BadSample, RawSample, ShardFile, ShardSet, Split
 from clipdist.errors import UserError
-from clipdist.evaluate.estimates import Estimate, Measured, aligned, cell, estimates, unit_numbers, without_nan
+from clipdist.evaluate.estimates import (
+    Estimate,
+    Measured,
+    aligned,
+    cell,
+    estimates,
+    unit_name,
+    unit_numbers,
+    without_nan,
+)
 from clipdist.progress import progress
 
 LEVELS = ("none", "index", "looks")
@@ -202,7 +213,8 @@ def find_leaks(
     """Compares the evaluated split with the training split of each set that the model was trained on.
 
     What cannot be compared, since a set is gone or has changed, is named with the reason. Memory: the evaluated split's
-    keys and sizes, and one training shard's; for `looks`, 1.3 kB for each sample of the sets.
+    keys and sizes, its captions where sets share keys, and one training shard's; for `looks`, 1.3 kB for each sample of
+    the sets.
     """
     N = len(evaluated.keys)
     leaks = Leaks(N, level, evaluated.unit, list(trained))
@@ -254,8 +266,8 @@ class _Comparison:
         self.row_of_number = {int(number): row for row, number in enumerate(evaluated.numbers_N)}
         units: dict[str, list[int]] = {}
         for row, fields in enumerate(evaluated.fields):
-            if fields.get(evaluated.unit) is not None:
-                units.setdefault(str(fields[evaluated.unit]), []).append(row)
+            if (unit := unit_name(fields.get(evaluated.unit))) is not None:
+                units.setdefault(unit, []).append(row)
         self.units = units
 
     def run(self, workers: int) -> None:
@@ -307,10 +319,24 @@ class _Comparison:
             own = self.row_of_key.get(key)
             if own is None:
                 continue
-            if _same_sample(_sample(shard, row), self._own(own)):
+            if self._same_sample(_sample(shard, row), self._own(own)):
                 yield own, key.decode(errors="replace")
             else:
                 self.leaks.keys_alone += 1
+
+    def _same_sample(self, one: RawSample | None, other: RawSample | None) -> bool:
+        """Whether a training sample is the evaluated one of its key: by its captions only where no other has them."""
+        if one is None or other is None:
+            return False
+        if one.image == other.image:
+            return True
+        return one.texts == other.texts != [] and self._images_with[tuple(other.texts)] == 1
+
+    @cached_property
+    def _images_with(self) -> Counter[tuple[str, ...]]:
+        """Captions -> how many of the evaluated images have them; reads all of these once."""
+        samples = (self._own(row) for row in range(self.leaks.images))
+        return Counter(tuple(one.texts) for one in samples if one is not None)
 
     def _own(self, row: int) -> RawSample | None:
         with suppress(BadSample):
@@ -320,8 +346,8 @@ class _Comparison:
     def _same_units(self, shard: ShardFile) -> Iterator[tuple[int, str]]:
         for row in range(shard.index.samples):
             with suppress(BadSample):  # training has left it out, too
-                unit = shard.fields(row).get(self.evaluated.unit)
-                for own in self.units.get(str(unit), ()) if unit is not None else ():
+                unit = unit_name(shard.fields(row).get(self.evaluated.unit))
+                for own in self.units.get(unit, ()) if unit is not None else ():
                     yield own, shard.index.key(row)
 
     def _same_bytes(self, shard: ShardFile) -> Iterator[tuple[int, str]]:
@@ -424,7 +450,3 @@ def _sample(shard: ShardFile, row: int) -> RawSample | None:
     with suppress(BadSample):
         return shard.read(row)
     return None
-
-
-def _same_sample(one: RawSample | None, other: RawSample | None) -> bool:
-    return one is not None and other is not None and (one.image == other.image or one.texts == other.texts != [])

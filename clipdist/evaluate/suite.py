@@ -11,7 +11,7 @@ import numpy as np
 from clipdist.data.shards import ShardSet
 from clipdist.errors import UserError
 from clipdist.evaluate.embed import Embeddings, embed_split
-from clipdist.evaluate.estimates import Measured
+from clipdist.evaluate.estimates import Measured, unit_name
 from clipdist.evaluate.leaks import Evaluated, Leaks, find_leaks, trained_on
 from clipdist.model.saved import Saved, SavedModel
 
@@ -270,9 +270,9 @@ def leaks_of(
     return leaks
 
 
-def units_of(fields: Sequence[Mapping[str, Any]], unit: str) -> list[Any] | None:
-    """The units of the images with these fields, None where no image names one."""
-    units = [one.get(unit) for one in fields]
+def units_of(fields: Sequence[Mapping[str, Any]], unit: str) -> list[str | None] | None:
+    """The units of the images with these fields, None where no image names one. Raises `UserError` as `unit_name`."""
+    units = [unit_name(one.get(unit)) for one in fields]
     return units if any(one is not None for one in units) else None
 
 

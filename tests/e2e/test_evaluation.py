@@ -201,6 +201,7 @@ def test_queries_need_no_shard_set(evaluated: tuple[Path, str], published: Path)
         part = found["query_candidates"]
         assert (part["kind"], part["queries"], part["gallery"]) == (f"{kind}-image", 4, 60)
         assert part["P@50"]["chance"] == 0.5
+        assert re.fullmatch(r"[0-9a-f]{16}\+[0-9a-f]{16}", found["queries_digest"])
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "Queries against 60 candidates, image → image" in page
     assert "Queries against 60 candidates, text → image" in page

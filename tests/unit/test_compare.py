@@ -19,7 +19,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from clipdist import cli
 from clipdist.errors import UserError
-from clipdist.evaluate.compare import holm, paired_differences, why_not
+from clipdist.evaluate.compare import Run, compare_runs, holm, paired_differences, read_run, why_not
 from clipdist.evaluate.compare_settings import common_order, differing, settings_of
 from clipdist.evaluate.outcomes import Outcomes, outcomes_of_classes
 from tests.conftest import TrainedRun
@@ -143,6 +143,26 @@ def test_outcomes_of_other_queries_are_refused(changed: Outcomes, words: str) ->
         paired_differences(ranked(np.ones(1)), changed)
 
 
+def test_units_that_are_stored_otherwise_are_the_same() -> None:
+    ranks = np.arange(1, 25)
+    written: list[list[Any]] = [[float(n // 2) for n in range(24)], [str(n // 2) for n in range(24)]]
+    one, other = (ranked(ranks, units) for units in written)
+    assert paired_differences(one, other, bootstrap=50) == paired_differences(other, other, bootstrap=50)
+    with pytest.raises(UserError, match="found a list, expected one value"):
+        paired_differences(ranked(ranks, [["a"]] * 24), ranked(ranks, [["a"]] * 24))
+
+
+def test_other_classes_leave_out_their_own_part_alone() -> None:
+    ranks, classes = np.arange(1, 25), [np.arange(24) % 2, np.arange(24) % 3 % 2]
+    both = [
+        Outcomes(one.keys, None, {**one.arrays, "zero_shot/rank": np.ones(24), "zero_shot/label": label})
+        for one, label in zip([ranked(ranks)] * 2, classes, strict=True)
+    ]
+    found = paired_differences(*both, bootstrap=50)
+    assert "image_to_text/R@1" in found
+    assert not any(name.startswith("zero_shot") for name in found)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0.001, 0.999))
 def test_holm_rejects_what_the_step_down_procedure_rejects(p: list[float], level: float) -> None:
@@ -178,6 +198,44 @@ BODY: dict[str, Any] = {
 def test_only_the_same_measurement_is_compared(change: dict[str, Any], why: str | None) -> None:
     found = why_not(BODY, {**BODY, **change})
     assert found is None if why is None else found is not None and found.startswith(why)
+
+
+ZERO_SHOT = {"field": "label", "classes": {"0": {}}, "prompts": [["no"]], "templates": ["{}"], "top-1": {"value": 0.5}}
+PARTS = {"zero_shot": ZERO_SHOT, "calibration": {"fitted_on": "val", "ece": {"value": 0.1}}}
+
+
+@pytest.mark.parametrize("change", [{"field": "sex"}, {"templates": ["a {}"]}, {"prompts": [["none"]]}])
+def test_other_classes_are_not_compared_nor_is_their_calibration(change: dict[str, Any]) -> None:
+    bodies = [{**BODY, **PARTS}, {**BODY, **PARTS, "zero_shot": {**ZERO_SHOT, **change}}]
+    runs = [Run(f"run{n}", Path(f"run{n}"), evaluations={"x": body}) for n, body in enumerate(bodies)]
+    compared = compare_runs(runs)
+    assert [name for name, _, _ in compared.refused] == ["x, zero_shot", "x, calibration"]
+    assert all("run1" not in row for row in compared.measurements[0].scores.values())
+    assert not compare_runs([runs[0], Run("same", Path("same"), evaluations=runs[0].evaluations)]).refused
+
+
+def test_queries_are_the_same_by_content_and_size_not_by_path() -> None:
+    part = {"kind": "image-image", "queries": 4, "gallery": 60}
+    one = {"query_candidates": part, "data": "a/query.csv", "queries_digest": "1+2"}
+    assert why_not(one, {**one, "data": "b/query.csv"}) is None
+    assert why_not(one, {**one, "queries_digest": "1+3"}) == "other queries or candidates"
+    assert why_not(one, {**one, "query_candidates": {**part, "gallery": 61}}) == "other queries or candidates"
+    old = {name: value for name, value in one.items() if name != "queries_digest"}
+    assert "run clipdist eval again" in str(why_not(old, old))
+
+
+def test_damaged_runs_are_told_in_words(tmp_path: Path) -> None:
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "x.json").write_text(json.dumps(BODY))
+    (tmp_path / "config.yaml").write_text("")
+    assert read_run(tmp_path).config == {}
+    (tmp_path / "environment.json").write_text("[]")
+    with pytest.raises(UserError, match=r"environment\.json: found a list, expected names with values"):
+        read_run(tmp_path)
+    none = {**BODY, "image_to_text": {"R@1": {"value": 0.5}}}
+    assert why_not(BODY, none) == "another gallery (30 and unknown)"
+    runs = [Run(name, Path(name), evaluations={"x": none}) for name in ("a", "b")]
+    assert "gallery" not in compare_runs(runs).measurements[0].about
 
 
 def test_settings_that_differ() -> None:

@@ -9,9 +9,11 @@ import pytest
 
 from clipdist.data.sets.writer import ShardSetWriter
 from clipdist.data.shards import ShardSet
+from clipdist.errors import UserError
 from clipdist.evaluate import leaks as module
 from clipdist.evaluate.estimates import Measured, mean_of
 from clipdist.evaluate.leaks import Evaluated, Leaks, Trained, find_leaks, trained_on
+from clipdist.evaluate.suite import units_of
 from tests.unit.pictures import encoded, photograph
 
 PICTURES = [photograph(96, 72, seed) for seed in range(16)]
@@ -76,6 +78,35 @@ def test_planted_leaks_between_two_sets(tmp_path: Path, options: dict[str, Any])
     assert leaks.not_checked == {"looks": "--audit looks"}
     assert "3 of 9 images are in the 8 of train train, too: samples 1, units 1, bytes 1" in leaks.line()
     assert sum("it is another set" in note for note in leaks.notes()) == 1
+
+
+def sets_of(folder: Path, rows: dict[str, list[tuple[str, Any]]]) -> Leaks:
+    """Audit of numbered samples, (caption, unit) of each, in sets of their own named train and test."""
+    for place, (name, samples) in enumerate(rows.items()):
+        with ShardSetWriter(folder / name, samples_per_shard=9, license_text="CC0-1.0") as writer:
+            for number, (text, unit) in enumerate(samples):
+                data = encoded(PICTURES[8 * place + number], "PNG")
+                writer.write(name, f"k{number}", data, "png", {"text": text, "unit": unit})
+    return audit(folder / "train", folder / "test", "index")
+
+
+def test_units_are_compared_by_one_name(tmp_path: Path) -> None:
+    rows = {"train": [("a", 1.0), ("b", ""), ("c", "2")], "test": [("d", 1), ("e", ""), ("f", 2.0), ("g", 3)]}
+    assert named(sets_of(tmp_path, rows))["units"] == ["k0", "k2"]
+    assert units_of([{"unit": value} for value in (1.0, 1, "1", 1.5, "", None)], "unit") == [
+        *("1", "1", "1", "1.5", None, None)
+    ]
+    assert units_of([{"unit": ""}, {}], "unit") is None
+    for value, words in ((["a"], "a list"), ({"a": 1}, "an object")):
+        with pytest.raises(UserError, match=f"unit field: found {words}, expected one value"):
+            units_of([{"unit": value}], "unit")
+
+
+def test_a_key_and_a_caption_of_many_images_are_no_leak(tmp_path: Path) -> None:
+    rows = {name: [("a cat", None), ("a dog", None), ("a cat", None)] for name in ("train", "test")}
+    leaks = sets_of(tmp_path, rows)
+    assert named(leaks)["samples"] == ["k1"]
+    assert leaks.keys_alone == 2
 
 
 def test_near_duplicates_are_found_by_looks_alone(tmp_path: Path) -> None:

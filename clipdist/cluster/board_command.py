@@ -48,9 +48,7 @@ def run(args: argparse.Namespace) -> int:
         except program.TensorBoardServerException as error:
             raise UserError(f"--port {args.port}: {error}; choose another, or leave it away") from error
         port = url.rstrip("/").rpartition(":")[2]
-        print(f"{len(list(shown.iterdir()))} runs. From another machine:\n")
-        print(f"  ssh -N -L {port}:{HOST}:{port} {user()}@{socket.gethostname()}\n")
-        print(f"then open http://{HOST}:{port}/ there; Ctrl-C ends this", flush=True)
+        print(f"{len(list(shown.iterdir()))} runs. {from_another_machine(HOST, int(port))}", flush=True)
         try:
             while True:
                 time.sleep(LOOK_SECONDS)
@@ -73,6 +71,14 @@ def show(folder: Path, runs: Iterable[Path]) -> None:
         names += [f"{names[1]}-{number}" for number in range(2, len(linked) + 2)]
         name = next(name for name in names if not (folder / name).exists())
         (folder / name).symlink_to(events, target_is_directory=True)
+
+
+def from_another_machine(host: str, port: int) -> str:
+    """How to open, elsewhere, what answers at a loopback address of this machine."""
+    return (
+        f"From another machine:\n\n  ssh -N -L {port}:{host}:{port} {user()}@{socket.gethostname()}\n\n"
+        f"then open http://{host}:{port}/ there; Ctrl-C ends this"
+    )
 
 
 def user() -> str:

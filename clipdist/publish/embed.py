@@ -11,10 +11,8 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -28,6 +26,7 @@ import torch
 
 from clipdist import __version__
 from clipdist.data.images.decode import load_for_evaluation
+from clipdist.data.sets.pack import start_worker
 from clipdist.data.shards import BadSample, checksum_file, write_atomically
 from clipdist.errors import UserError, WorkerKilled, disk_errors
 from clipdist.model.saved import MAX_IMAGE_PIXELS, SavedModel, load_dual_encoder
@@ -389,21 +388,13 @@ def _in_processes(start: _Start, bounds: Sequence[tuple[int, int, int]], process
 
 
 def _begin(start: _Start, taken: Any) -> None:
-    """In a new process. Interrupts are the parent's to handle, and no process outlives a parent that was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_after, args=(parent.join,), daemon=True).start()
+    """In a new process."""
+    start_worker()
     with taken.get_lock():
         _Own.place = taken.value
         taken.value += 1
     _Own.start = start
     torch.set_num_threads(start.options.threads)
-
-
-def _end_after(wait: Callable[[], object]) -> None:
-    wait()
-    os._exit(1)
 
 
 def _one_chunk(bound: tuple[int, int, int]) -> None:

@@ -127,7 +127,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def announce(listening: socket.socket, service: "Service", local: bool) -> None:
-    from clipdist.cluster.board_command import user
+    from clipdist.cluster.board_command import from_another_machine
 
     address, port = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
@@ -143,6 +143,4 @@ def announce(listening: socket.socket, service: "Service", local: bool) -> None:
     if not local:
         print(f"\nopen http://{shown}:{port}/; Ctrl-C ends this", flush=True)
         return
-    print(". From another machine:\n")
-    print(f"  ssh -N -L {port}:{shown}:{port} {user()}@{os.uname().nodename}\n")
-    print(f"then open http://{shown}:{port}/ there; Ctrl-C ends this", flush=True)
+    print(f". {from_another_machine(shown, port)}", flush=True)

@@ -317,7 +317,7 @@ def in_order(
             yield from work(chunk)
         return
     # Spawned, not forked: a forked copy of a process with threads (torch, OpenMP) may hang.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
     under_way: deque[Future[list[Result]]] = deque()
     try:
         for chunk in chunks:
@@ -335,7 +335,7 @@ def in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
     """Interrupts are the parent's to handle; and no worker outlives a parent that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

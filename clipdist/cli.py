@@ -4,7 +4,6 @@ import argparse
 import importlib
 import os
 import sys
-import time
 from collections.abc import Callable
 
 from clipdist import __version__
@@ -80,13 +79,8 @@ def ended(error: Exception, code: int) -> int:
     """Prints the error and answers with the code; one of several ranks ends here."""
     from clipdist import world
 
-    who = world.announced()
-    if who.rank:
-        # Most errors strike every rank: rank 0 prints them and the launcher ends the others meanwhile. Whoever is still
-        # here has one of its own.
-        time.sleep(3)
-    report(error)
-    if who.world_size > 1:
+    world.report_last(error)
+    if world.announced().world_size > 1:
         # Others may wait in a collective that this one will never join, and the interpreter would wait for them.
         sys.stdout.flush()
         sys.stderr.flush()

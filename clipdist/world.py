@@ -335,6 +335,15 @@ def barrier() -> None:
         sum_over_ranks(torch.zeros(1, device=device)).item()  # NCCL's own call returns at once
 
 
+def report_last(error: Exception) -> None:
+    """`report`, by a process that ends now, one of several perhaps."""
+    if announced().rank:
+        # Most errors strike every rank: rank 0 prints them and the launcher ends the others meanwhile. Whoever is still
+        # here has one of its own.
+        time.sleep(3)
+    report(error)
+
+
 def report(error: Exception) -> None:
     """Prints a user's error once: on rank 0, or with the rank when it is another's. One line for each fault."""
     world = announced()

@@ -174,8 +174,12 @@ def join_ranks(device: str | None) -> tuple[World, Any]:
 def leave_ranks(who: World) -> None:
     """Returns when the last has come here: a launcher takes the end of one for the end of all."""
     if who.world_size > 1:
+        import torch
+
         try:
             world.barrier()
+            # Otherwise its threads may still run while the interpreter ends, which aborts it.
+            torch.distributed.destroy_process_group()
         except RuntimeError:  # rank 0 ended while this one waited
             if who.is_main:
                 raise

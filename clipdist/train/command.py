@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -85,11 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         # A disk that is full or failing gets better without a change of the recipe: whoever supervises starts again.
         code = 2 if isinstance(error, UserError) and not isinstance(error, DiskError) else 1
         note_exit_code(code)
-        if world.announced().rank:
-            # Most errors strike every rank: rank 0 prints them and the launcher ends the others meanwhile. Whoever
-            # is still here has one of its own.
-            time.sleep(3)
-        world.report(error)
+        world.report_last(error)
         sys.stderr.flush()
         # Not sys.exit: other ranks may wait in a collective that this one will never join.
         os._exit(code)

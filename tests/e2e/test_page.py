@@ -461,6 +461,9 @@ def test_a_service_that_still_loads_is_asked_again(opened: Opening) -> None:
 
 def test_with_the_keyboard_alone(opened: Opening) -> None:
     page = opened()
+    # Choosers are caught only once someone listens, and the browser is not waited for: a key pressed right after the
+    # first listener comes can be faster. So one listens from the start.
+    page.on("filechooser", lambda _: None)
     page.keyboard.press("Tab")
     expect(page.locator(".skip")).to_be_focused()
     page.focus("#tab-picture")
@@ -472,6 +475,7 @@ def test_with_the_keyboard_alone(opened: Opening) -> None:
     page.go_back()
     expect(page.locator("#picture")).to_be_visible()
     page.focus("#choose")
+    expect(page.locator("#choose")).to_be_focused()
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Enter")
     chooser.value.set_files(SQUARE)

@@ -36,15 +36,16 @@ def progress(
 
 def _lines(items: Iterable[T], total: int | None, unit: str, description: str, every_seconds: float) -> Iterator[T]:
     start = last = time.monotonic()
-    count = 0
+    count, told = 0, -1
     for item in items:
         yield item
         count += 1
         now = time.monotonic()
         if now - last >= every_seconds:
-            last = now
+            last, told = now, count
             print(_line(count, total, unit, description, now - start), file=sys.stderr, flush=True)
-    print(_line(count, total, unit, description, time.monotonic() - start), file=sys.stderr, flush=True)
+    if count != told:
+        print(_line(count, total, unit, description, time.monotonic() - start), file=sys.stderr, flush=True)
 
 
 def _line(count: int, total: int | None, unit: str, description: str, seconds: float) -> str:

@@ -218,13 +218,6 @@ def check(args: argparse.Namespace) -> None:
         place = place.parent
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise UserError(f"--out {out_folder(args)}: {place} is no folder, or cannot be written; choose another")
-    if args.device:
-        import torch
-
-        try:
-            torch.zeros(1, device=args.device)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}; use cpu or cuda") from None
 
 
 def _templates(path: Path | None) -> list[str]:

@@ -141,12 +141,16 @@ def unit_name(value: Any) -> str | None:
 
 
 def numbered(units: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """A number per distinct unit, int64; every None gets one of its own."""
+    """A number per distinct unit, int64; every None gets one of its own. Raises `UserError` where one is a list or an
+    object."""
     numbers: dict[Any, int] = {}
-    return np.array(
-        [numbers.setdefault(place if unit is None else (unit,), len(numbers)) for place, unit in enumerate(units)],
-        np.int64,
-    )
+    try:
+        found = [
+            numbers.setdefault(place if unit is None else (unit,), len(numbers)) for place, unit in enumerate(units)
+        ]
+    except TypeError as error:
+        raise UserError(f"units: {error}; expected a plain value, or None, for each row") from None
+    return np.array(found, np.int64)
 
 
 def unit_numbers(units: Sequence[Any] | np.ndarray | None, rows: int) -> np.ndarray:

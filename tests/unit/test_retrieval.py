@@ -214,6 +214,11 @@ def test_an_image_without_a_unit_is_a_unit_of_its_own():
     assert alone.image_to_text == retrieval_scores(*noisy(20), np.arange(20), bootstrap=100).image_to_text
 
 
+def test_a_unit_is_a_plain_value():
+    with pytest.raises(UserError, match=r"units: .*list.*; expected a plain value"):
+        retrieval_scores(*noisy(20), np.arange(20), units=[["a"]] * 20)
+
+
 def test_one_unit_has_no_interval():
     scores = retrieval_scores(*noisy(20), np.arange(20), units=["only"] * 20)
     assert scores.image_to_text.recall[1].low is None

@@ -29,6 +29,7 @@ RECIPE=${RECIPE:-launch/recipes/skincap.yaml}
 ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-launch/accelerate/gpu.yaml}
 MAX_CRASHES=${MAX_CRASHES:-10}
 PREFLIGHT=${PREFLIGHT:---preflight}
+IN_BATCH=${IN_BATCH:-32}
 
 echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, $(date -Is), nodes $SLURM_JOB_NODELIST, words: $*"
 
@@ -55,5 +56,8 @@ if ((code == 75)); then
 fi
 ((code == 0)) || exit "$code"
 
-clipdist eval "$run/model" --data "$data" --split val
+# Over the whole gallery, and apart from that in batches of 32, which is what the published study of SkinCAP reports.
+in_batch=()
+if [[ $(value objective) == contrastive && $IN_BATCH != 0 ]]; then in_batch=(--in-batch "$IN_BATCH"); fi
+clipdist eval "$run/model" --data "$data" --split val "${in_batch[@]}"
 echo "finished: $run/report.html"

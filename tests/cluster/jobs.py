@@ -13,6 +13,8 @@ from tests.distributed.test_training import ROOT, column, weights
 
 LAST = 36
 """The last step of the run."""
+IN_BATCH = 8
+"""Fewer pictures than the 32 of a batch as published are validated here."""
 
 
 class Job:
@@ -34,6 +36,7 @@ class Job:
             "SKINCAP_RAW": str(raw),
             "ACCELERATE_CONFIG": "launch/accelerate/cpu.yaml",
             "OMP_NUM_THREADS": "1",
+            "IN_BATCH": str(IN_BATCH),
             "PREFLIGHT": "--preflight" if preflight else "--no-preflight",
         }
         options = ("--nodes=2", "--gpus-per-node=2", f"--output={self.log}", *options)

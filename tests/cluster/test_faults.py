@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.jobs import LAST, Job, assert_the_same
+from tests.cluster.jobs import IN_BATCH, LAST, Job, assert_the_same
 from tests.cluster.slurm import LocalSlurm
 from tests.distributed.test_training import ROOT, column
 
@@ -36,8 +36,11 @@ def start(
 def test_to_the_end(undisturbed: Path) -> None:
     run = undisturbed / "runs" / "tiny"
     assert max(column(run, "train/loss")) == LAST
-    assert list((run / "evaluation").glob("*.json"))
-    assert (run / "report.html").exists()
+    (scores,) = (json.loads(path.read_text()) for path in (run / "evaluation").glob("*.json"))
+    # Recall over the whole gallery and in small batches, each of which says what it is.
+    assert (scores["in_batch"]["batch"], scores["in_batch"]["gallery"]) == (IN_BATCH, IN_BATCH)
+    assert scores["image_to_text"]["gallery"] > IN_BATCH
+    assert "in batches" in (run / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("number", ["USR1", pytest.param("TERM", marks=pytest.mark.slow)])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.cluster.jobs import IN_BATCH
 from tests.cluster.slurm import LocalSlurm
 from tests.distributed.test_training import ROOT
 
@@ -32,6 +33,7 @@ class Reader:
     def __init__(self, slurm: LocalSlurm, folder: Path, raw: Path) -> None:
         self.slurm, self.folder = slurm, folder
         self.environment = {**slurm.environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+        self.environment["IN_BATCH"] = str(IN_BATCH)
         self.environment["PATH"] = f"{folder}/.venv/bin:{self.environment['PATH']}"
         self.raw = str(raw)
 

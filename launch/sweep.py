@@ -29,7 +29,8 @@ runs. runs/<name>/sweep.yaml records recipe and values; a recipe that differs in
 unless --force.
 
 When a run finishes, and with --show, runs/<name> gets sweep.csv, sweep.json and sweep.png: the runs by their best
-validation, in one table and one plot.
+validation, in one table and one plot; and sweep_epochs.csv and sweep_epochs.png: training loss, validation loss, recall
+and cosine of all runs, epoch by epoch.
 
 --cluster local runs them on this machine, one after another; --dry-run prints the runs and what sbatch would get.
 """
@@ -115,11 +116,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def show(folder: Path) -> None:
-    from clipdist.cluster.sweep_table import CSV, JSON, PLOT, as_text, write_results
+    from clipdist.cluster.sweep_table import CSV, EPOCHS_CSV, EPOCHS_PLOT, JSON, PLOT, as_text, write_results
 
     results = write_results(folder)
     print(as_text(results))
-    names = [name for name in (CSV, JSON, PLOT) if (folder / name).exists()]
+    names = [name for name in (CSV, JSON, PLOT, EPOCHS_CSV, EPOCHS_PLOT) if (folder / name).exists()]
     print(f"written: {', '.join(str(folder / name) for name in names)}")
 
 

@@ -2,6 +2,7 @@
 
 runs/<sweep>/sweep.yaml           the record: recipe, words, values of each run, the job that it was last given to
              sweep.csv|json|png   what came of it so far (sweep_table.py)
+             sweep_epochs.csv|png the same, epoch by epoch (sweep_epochs.py)
              slurm/               the jobs' output, one file each
              <run>/               as any other run
 """

@@ -30,6 +30,16 @@ NAMES = {
 }
 # Okabe and Ito's, the darkest first; each line also has a marker of its own.
 LINES = ((BLUE, "o"), (VERMILLION, "s"), (GREEN, "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#56b4e9", "P"), (INK, "X"))
+TITLE: dict[str, Any] = {
+    "title_fontproperties": {"size": 10.5},
+    "alignment": "left",
+    "loc": "outside upper left",
+    "frameon": False,
+    "fontsize": 9,
+    "labelcolor": INK,
+    "handlelength": 1.6,
+    "columnspacing": 1.4,
+}
 COLUMNS = 3
 LONGEST = 26
 """Letters of a value that are shown."""
@@ -80,15 +90,8 @@ def draw(results: "Results") -> bytes | None:
     figure.legend(
         handles=handles,
         title=f"{results.name}: {len(results.rows):,} runs, {done:,} finished{f', by {short(lines)}' if lines else ''}",
-        title_fontproperties={"size": 10.5},
-        alignment="left",
-        loc="outside upper left",
         ncols=beside,
-        frameon=False,
-        fontsize=9,
-        labelcolor=INK,
-        handlelength=1.6,
-        columnspacing=1.4,
+        **TITLE,
     )
     return render(figure, "png")
 
@@ -210,7 +213,7 @@ def _categories(axes: Axes, results: "Results", rows: Sequence["Row"], key: str)
     found = {json.dumps(row.values.get(key)): row.values.get(key) for row in rows}
     places = {text: place for place, text in enumerate(sorted(found, key=lambda text: _order(found[text])))}
     names = [labels.get(text, "–") for text in places]
-    axes.set_xticks(range(len(places)), _cut(names))
+    axes.set_xticks(range(len(places)), cut(names))
     axes.set_xlim(-0.6, len(places) - 0.4)
     return lambda row: float(places[json.dumps(row.values.get(key))])
 
@@ -244,7 +247,7 @@ def _handles(results: "Results", rows: Sequence["Row"], lines: str, medians: boo
     if lines:
         labels = results.labels(lines)
         groups = _groups(rows, lines)
-        names = _cut([labels.get(json.dumps(members[0].values.get(lines)), "–") for members in groups])
+        names = cut([labels.get(json.dumps(members[0].values.get(lines)), "–") for members in groups])
         for name, (colour, marker) in zip(names, LINES, strict=False):
             handles.append(Line2D([], [], color=colour, marker=marker, linestyle="none", label=name))
     if any(row.state != "finished" for row in rows):
@@ -255,7 +258,7 @@ def _handles(results: "Results", rows: Sequence["Row"], lines: str, medians: boo
     return [*handles, Line2D([], [], color=INK, marker="o", mfc="none", markersize=10, linestyle="none", label=label)]
 
 
-def _cut(names: Sequence[str]) -> list[str]:
+def cut(names: Sequence[str]) -> list[str]:
     """Long ones without their middle, unless they would become each other."""
     start = LONGEST * 3 // 5
     cut = [name if len(name) <= LONGEST else f"{name[:start]}…{name[start + 1 - LONGEST :]}" for name in names]

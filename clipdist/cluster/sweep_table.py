@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from clipdist.cluster import scheduler
 from clipdist.cluster.runs import read_run
 from clipdist.cluster.runs_command import aligned, number
 from clipdist.cluster.sweep import Record, held, read_record
-from clipdist.cluster.sweep_words import short, shown
+from clipdist.cluster.sweep_epochs import epochs_of
+from clipdist.cluster.sweep_words import in_a_cell, short, shown
 from clipdist.data.shards import write_atomically
 from clipdist.errors import disk_errors
 from clipdist.evaluate.plots import series
@@ -22,6 +23,7 @@ from clipdist.train.objective import HIGHER_IS_BETTER
 from clipdist.train.records import METRICS, read_records
 
 CSV, JSON, PLOT = "sweep.csv", "sweep.json", "sweep.png"
+EPOCHS_CSV, EPOCHS_PLOT = "sweep_epochs.csv", "sweep_epochs.png"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Row:
     """Of all steps, without validations and pauses."""
     starts: int
     job: str
+    epochs: Sequence[Mapping[str, float]] = ()
+    """Training and validation, epoch by epoch; `sweep_epochs.epochs_of`."""
 
 
 @dataclass(frozen=True)
@@ -117,22 +121,23 @@ def _row(
         seconds=float((np.diff(at, prepend=0.0) * per_step).sum()),
         starts=state.starts,
         job=state.job or record.jobs.get(name, ""),
+        epochs=epochs_of(records),
     )
 
 
 def write_results(folder: Path) -> Results:
-    """Brings `sweep.csv`, `sweep.json` and `sweep.png` up to date; without a score or a loss yet, there is no plot."""
-    from clipdist.cluster.sweep_plot import draw
+    """Brings tables and plots of runs and of their epochs up to date. What has no score and no loss yet has no plot."""
+    from clipdist.cluster import sweep_epochs, sweep_plot
 
     read_record(folder)  # a folder of another kind gets nothing written into it
     with held(folder):
         results = read_results(folder)
-        plot = draw(results)
+        plots = {PLOT: sweep_plot.draw(results), EPOCHS_PLOT: sweep_epochs.draw(results)}
+        texts = {CSV: as_csv(results), JSON: as_json(results), EPOCHS_CSV: sweep_epochs.as_csv(results)}
         with disk_errors(folder):
-            write_atomically(folder / CSV, as_csv(results).encode())
-            write_atomically(folder / JSON, as_json(results).encode())
-            if plot:
-                write_atomically(folder / PLOT, plot)
+            for name, data in {**{name: text.encode() for name, text in texts.items()}, **plots}.items():
+                if data:
+                    write_atomically(folder / name, data)
     return results
 
 
@@ -143,14 +148,10 @@ def as_csv(results: Results) -> str:
     measures = (results.monitor, "val/gallery", "train/loss", "training_seconds")
     writer.writerow(("run", *results.keys, "state", "step", "epoch", *measures, "starts", "job"))
     for row in results.rows:
-        values = [_plain(row.values.get(key)) for key in results.keys]
+        values = [in_a_cell(row.values.get(key)) for key in results.keys]
         measured = (row.score, row.gallery, row.loss, round(row.seconds, 1))
         writer.writerow((row.run, *values, row.state, row.step, row.epoch, *measured, row.starts, row.job))
     return text.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict | bool) else value
 
 
 def as_json(results: Results) -> str:

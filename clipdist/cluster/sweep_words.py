@@ -110,6 +110,11 @@ def shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def in_a_cell(value: Any) -> Any:
+    """As a CSV holds it."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict | bool) else value
+
+
 def _slug(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", shown(value)).strip("-" if isinstance(value, str) else "")[:32]
 

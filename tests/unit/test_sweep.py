@@ -28,8 +28,7 @@ from PIL import Image
 from clipdist.cluster import scheduler, sweep
 from clipdist.cluster.submit import add_resource_arguments
 from clipdist.cluster.sweep import Plan, plan, prepare, read_record, resumed, run_here, states, write, write_record
-from clipdist.cluster.sweep_plot import _cut as cut
-from clipdist.cluster.sweep_plot import draw
+from clipdist.cluster.sweep_plot import cut, draw
 from clipdist.cluster.sweep_table import Results, Row, as_csv, as_json, as_text, duration, read_results, write_results
 from clipdist.cluster.sweep_words import combinations, count, read_words, run_name
 from clipdist.errors import UserError
@@ -521,6 +520,10 @@ def test_a_table_of_a_sweep_half_done(
     write_results(planned.folder)
     assert json.loads((planned.folder / "sweep.json").read_text())["runs"][0]["values"] == {"optim.lr": 0.005}
     assert Image.open(planned.folder / "sweep.png").size[0] > 800
+    with open(planned.folder / "sweep_epochs.csv", encoding="utf-8") as file:
+        epochs = [(one["run"], one["epoch"]) for one in csv.DictReader(file)]
+    assert epochs == [(run, str(epoch)) for run in (second, third) for epoch in (1, 2, 3, 4)]
+    assert Image.open(planned.folder / "sweep_epochs.png").size[0] > 800
 
 
 @pytest.mark.parametrize(
@@ -718,7 +721,7 @@ def test_a_sweep_on_this_machine(recipe: Callable[..., Path]) -> None:
     assert [one["state"] for one in rows] == ["finished"] * 3
     assert sorted(float(one["optim.lr"]) for one in rows) == [0.001, 0.005, 0.02]
     assert len(list(folder.glob("*/evaluation/*.json"))) == 3
-    assert Image.open(folder / "sweep.png").format == "PNG"
+    assert Image.open(folder / "sweep.png").format == Image.open(folder / "sweep_epochs.png").format == "PNG"
     again = run(*given)
     assert again.returncode == 0, again.stderr
     assert f"{folder}: 3 runs, 3 finished" in again.stdout

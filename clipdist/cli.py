@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from clipdist import __version__
 from clipdist.errors import UserError, WorkerKilled
@@ -88,6 +89,13 @@ def ended(error: Exception, code: int) -> int:
     return code
 
 
+def end(code: int) -> NoReturn:
+    """As `world.end`, without bringing torch where nothing needed it."""
+    if "clipdist.world" in sys.modules:
+        sys.modules["clipdist.world"].end(code)
+    sys.exit(code)
+
+
 def run_script(main: Callable[[], object]) -> None:
     """Runs a script's `main`; what the user can change ends it with one line and exit code 2."""
     try:
@@ -111,4 +119,4 @@ def usage() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

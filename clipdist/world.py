@@ -4,6 +4,7 @@ Every collective here works on the default process group; without one (a single 
 Unless a docstring says otherwise, all ranks must call it, in the same order.
 """
 
+import atexit
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import psutil
 import torch
@@ -342,6 +343,17 @@ def report_last(error: Exception) -> None:
         # here has one of its own.
         time.sleep(3)
     report(error)
+
+
+def end(code: int) -> NoReturn:
+    """Ends the process. One of several ranks goes without the interpreter's own last steps, during which a thread of
+    gloo that lets go of a tensor would abort it (PyTorch's issue 190489); what was registered with `atexit` is done."""
+    if announced().world_size > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def report(error: Exception) -> None:

@@ -1,5 +1,8 @@
 """How many processes were asked for, and how many there are."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -159,3 +162,28 @@ def test_an_error_is_reported_with_its_rank(
     monkeypatch.setenv("RANK", "3")
     world.report(UserError("one"))
     assert capsys.readouterr() == ("", "clipdist: error: rank 3: one\n")
+
+
+LEFT = """
+import atexit, os
+from {module} import end
+
+class Held:
+    def __del__(self, write=os.write):
+        write(1, b"taken apart\\n")
+
+held = Held()  # until the interpreter takes itself apart, which is when a thread of gloo may abort it
+atexit.register(print, "registered")
+print("last words", end="")
+end(7)
+"""
+
+
+@pytest.mark.parametrize("module", ["clipdist.world", "clipdist.cli"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_ends_without_the_interpreters_own_end(module: str, ranks: int) -> None:
+    script = "import clipdist.world" + LEFT.format(module=module)
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": str(ranks)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120)
+    assert (done.returncode, done.stderr) == (7, "")
+    assert done.stdout == "last wordsregistered\n" + "taken apart\n" * (ranks == 1)

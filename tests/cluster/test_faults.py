@@ -40,7 +40,7 @@ def test_to_the_end(undisturbed: Path) -> None:
     # Recall over the whole gallery and in small batches, each of which says what it is.
     assert (scores["in_batch"]["batch"], scores["in_batch"]["gallery"]) == (IN_BATCH, IN_BATCH)
     assert scores["image_to_text"]["gallery"] > IN_BATCH
-    assert "in batches" in (run / "report.html").read_text(encoding="utf-8")
+    assert f"<h2>In batches of {IN_BATCH}</h2>" in (run / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("number", ["USR1", pytest.param("TERM", marks=pytest.mark.slow)])

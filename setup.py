@@ -41,7 +41,7 @@ REQUIRED = [
     "threadpoolctl>=3.1",  # keeps BLAS from starting threads in packing workers; scikit-learn needs it too
 ]
 
-PATHOLOGY = ["openslide-python>=1.4", "openslide-bin>=4.0", "tifffile>=2024.8", "pypdf>=5.0"]
+PATHOLOGY = ["openslide-python>=1.4", "openslide-bin>=4.0", "tifffile>=2024.8", "pypdf[crypto]>=5.0"]
 RADIOLOGY = ["pydicom>=3.0"]
 ISIC = ["h5py>=3.10"]
 # A service of our own page: gradio pins an older Pillow, loads fonts from elsewhere, and cannot be given these limits.
@@ -81,7 +81,8 @@ EXTRAS = {
     "http": ["aiohttp>=3.9"],
     "s3": ["s3fs>=2024.6"],
     "gcs": ["gcsfs>=2024.6"],
-    # Slides (OpenSlide in a wheel of its own makers; tifffile, which finds their JPEG tiles) and reports as PDF.
+    # Slides (OpenSlide in a wheel of its own makers; tifffile, which finds their JPEG tiles) and reports as PDF,
+    # also those encrypted without a password (cryptography).
     "pathology": PATHOLOGY,
     "radiology": RADIOLOGY,  # radiographs in DICOM
     "isic": ISIC,  # Kaggle's form of ISIC 2024

@@ -36,7 +36,11 @@ def main(arguments: list[str] | None = None) -> None:
         help="default: RAW/mimic-cxr-reports.zip, RAW/mimic-cxr-reports or RAW/files",
     )
     parser.add_argument(
-        "--views", nargs="+", default=[*FRONTAL], metavar="VIEW", help="of ViewPosition, or all (default: PA AP)"
+        "--views",
+        nargs="+",
+        default=[*FRONTAL],
+        metavar="VIEW",
+        help="of ViewPosition, unknown, or all (default: PA AP)",
     )
     parser.add_argument("--labels", choices=("chexpert", "negbio", "none"), default="chexpert", help="as fields")
     parser.add_argument("--sections", nargs="+", choices=CAPTIONS, default=[*CAPTIONS], help="default: both")

@@ -11,6 +11,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from clipdist.data.shards import BadSample, Split
+from clipdist.errors import UserError
 
 UNKNOWN = "[UNK]"
 SPECIAL = ["[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]"]
@@ -64,15 +65,23 @@ def train_wordpiece(captions: Iterable[str], vocabulary: int, max_tokens: int, f
     """A lower-casing BERT-style WordPiece with at most `vocabulary` entries, learned from the first million `captions`.
 
     A field's own words ("carcinoma", "telangiectasia") become whole tokens, where a general vocabulary
-    breaks them into pieces. Equal captions in equal order give an equal vocabulary, in every process.
+    breaks them into pieces. Equal captions in equal order give an equal vocabulary, in every process. Raises
+    `UserError` when not even the letters fit: what is left out of a vocabulary makes its whole word unknown.
     """
     texts = list(islice(captions, MOST_CAPTIONS))
     learner = _bert_style(models.WordPiece(unk_token=UNKNOWN))
     # The trainer numbers the "##x" of single letters in the order of a hash map, which differs between processes, and
     # breaks ties between merges by those numbers (tokenizers issue 1794). Named as special tokens, they get their
     # numbers here; a fresh tokenizer around the learned vocabulary then forgets that they were special.
-    letters = sorted({letter for text in texts for letter in learner.normalizer.normalize_str(text)})
-    continuing = [f"##{letter}" for letter in letters if not letter.isspace()]
+    parts = _parts(learner, texts)
+    letters = {letter for part in parts for letter in part}
+    continuing = [f"##{letter}" for letter in sorted({letter for part in parts for letter in part[1:]})]
+    least = len(SPECIAL) + len(letters) + len(continuing)
+    if least > vocabulary:  # the trainer would go beyond it
+        raise UserError(
+            f"vocabulary: found {vocabulary:,} entries, expected at least {least:,}: the captions have "
+            f"{len(letters):,} letters and marks, {len(continuing):,} of them inside words; raise model.text.vocabulary"
+        )
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocabulary, min_frequency=2, special_tokens=[*SPECIAL, *continuing], show_progress=False
     )
@@ -92,6 +101,14 @@ def train_wordpiece(captions: Iterable[str], vocabulary: int, max_tokens: int, f
         model_max_length=max_tokens,
     )
     return Tokenizer(wrapped, max_tokens, fill)
+
+
+def _parts(learner: FastTokenizer, texts: Iterable[str]) -> set[str]:
+    """The words, marks and single ideographs that no token spans."""
+    words: set[str] = set()
+    for text in texts:
+        words.update(learner.normalizer.normalize_str(text).split())
+    return {part for word in words for part, _ in learner.pre_tokenizer.pre_tokenize_str(word)}
 
 
 def _bert_style(model: models.WordPiece) -> FastTokenizer:

@@ -65,8 +65,9 @@ class CxrPairs:
 
 @dataclass(frozen=True)
 class CxrOptions:
-    """`views`: values of ViewPosition to take, none for all; `labels`: chexpert, negbio or none; `sections` and
-    `min_tokens`: see `report_captions`; `published_split`: whether the split table is read."""
+    """`views`: values of ViewPosition to take, `unknown` for pictures without one, none for all; `labels`: chexpert,
+    negbio or none; `sections` and `min_tokens`: see `report_captions`; `published_split`: whether the split table is
+    read."""
 
     views: tuple[str, ...] = FRONTAL
     labels: str = "chexpert"
@@ -261,12 +262,13 @@ def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _of_views(metadata: pd.DataFrame, views: Sequence[str], path: Path) -> tuple[pd.DataFrame, dict[str, int]]:
-    wanted = metadata["ViewPosition"].isin([*views]) if views else pd.Series(True, metadata.index)
-    there = Counter(metadata["ViewPosition"].replace("", "unknown").tolist())
+    named = metadata["ViewPosition"].replace("", "unknown")
+    wanted = named.isin([*views]) if views else pd.Series(True, metadata.index)
+    there = Counter(named.tolist())
     if not wanted.any():
         told = ", ".join(f"{view} ({count:,})" for view, count in there.most_common())
         raise UserError(f"{path}: no picture of the views {', '.join(views)}; found {told}; name others with --views")
-    left_out = Counter(metadata["ViewPosition"][~wanted].replace("", "unknown").tolist())
+    left_out = Counter(named[~wanted].tolist())
     return metadata[wanted], {f"view {view}": count for view, count in left_out.most_common()}
 
 

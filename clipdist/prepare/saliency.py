@@ -5,7 +5,10 @@ attends to what makes up a picture. In an empty or monotonous tile its attention
 where tissue fills the tile, most patches get some.
 """
 
+import argparse
 import json
+import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clipdist.data.shards import write_atomically
+from clipdist.data.shards import checksum_file, write_atomically
 from clipdist.errors import UserError
 from clipdist.model.towers import ImageTower, ImageTowerConfig, natural_side
 
@@ -47,9 +50,12 @@ class AttentionFilter:
         if not threshold > 0:
             raise UserError(f"attention: found the threshold {threshold}, expected more than 0 even shares")
         self.threshold = threshold
-        self.source = {"name": name, "weights": weights}
+        # A file's content counts, not its name: a training that goes on writes other weights to the same place.
+        self.source: dict[str, Any] = {"name": name, "weights": weights}
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        plain = weights if isinstance(weights, bool) else _plain_weights(Path(weights))
+        plain: bool | dict[str, Any] = weights if isinstance(weights, bool) else _plain_weights(Path(weights))
+        if not isinstance(weights, bool):
+            self.source["checksum"] = checksum_file(Path(weights))
         self.tower, self.side = _tower(name, plain, side)
         model: Any = self.tower.model
         attention: Any = model.blocks[-1].attn if getattr(model, "blocks", None) else None
@@ -139,11 +145,12 @@ def _plain_weights(path: Path) -> dict[str, Any]:
 
             state: Any = load_file(path)
         else:
-            state = torch.load(path, "cpu", weights_only=True)
+            with torch.serialization.safe_globals(_beside_weights()):
+                state = torch.load(path, "cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"attention: no file of weights {path}") from None
     except Exception as error:  # each reader has kinds of its own
-        raise UserError(f"attention: {path} cannot be read ({str(error).splitlines()[0]})") from None
+        raise UserError(f"attention: {path} cannot be read: {_told(error)}") from None
     for key in ("teacher", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -151,6 +158,29 @@ def _plain_weights(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"attention: {path} holds no dictionary of weights")
     return {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()}
+
+
+def _beside_weights() -> list[Any]:
+    """What DINO's trainer keeps beside its weights, with the names that files of several versions have for it: its
+    arguments, with paths, and numbers of NumPy's in the optimiser's state. None of these does anything when read."""
+    scalar = np.float64(0).__reduce__()[0]  # NumPy 1 and 2 keep this function in different modules
+    return [
+        argparse.Namespace,
+        (pathlib.PosixPath, "pathlib.PosixPath"),
+        (pathlib.PosixPath, "pathlib._local.PosixPath"),
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
+    ]
+
+
+def _told(error: Exception) -> str:
+    """Why a file of weights was refused, in a line; PyTorch's own message has several, with colours."""
+    if foreign := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it holds {foreign[1]} besides weights, which is not built from a file; save its weights alone"
+    first = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return re.sub(r"\x1b\[[0-9;]*m", "", first)
 
 
 def _pixels(path: Path, side: int) -> npt.NDArray[np.uint8]:

@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -77,6 +78,8 @@ class TilingOptions:
             )
         if self.most is not None and self.most < 1:
             raise UserError(f"tiles of a slide: found at most {self.most}, expected 1 or more")
+        if self.assume_mpp is not None and not 0 < self.assume_mpp < math.inf:
+            raise UserError(f"micrometres per pixel: found {self.assume_mpp}, expected more than 0, such as 0.25")
         if self.format not in ("png", "jpg"):
             raise UserError(f"tiles: found the format {self.format!r}, expected png or jpg")
 
@@ -140,11 +143,15 @@ class TilingSummary:
         return sum(len(slide.record["tiles"]) for slide in self.slides)
 
     def __str__(self) -> str:
+        return self.told(self.rejected)
+
+    def told(self, rejected: Sequence[Rejected]) -> str:
+        """`str`, with `rejected` in the place of its own: those that later stages have added to `rejected.csv`, too."""
         places = sum(slide.record["places"] for slide in self.slides)
         read = sum(slide.record["read"] for slide in self.slides)
         before = sum(slide.resumed for slide in self.slides)
         given = len(self.slides) + len(self.rejected)
-        refused = f"{len(self.rejected):,} of {given:,}, see {self.folder / REJECTED}" if self.rejected else "none"
+        refused = f"{len(rejected):,} of {given:,}, see {self.folder / REJECTED}" if rejected else "none"
         mpps = sorted({round(slide.mpp, 3) for slide in self.slides})
         spread = f"{mpps[0]:g}" if len(mpps) == 1 else f"{mpps[0]:g} to {mpps[-1]:g}" if mpps else "unknown"
         return (

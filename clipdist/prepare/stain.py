@@ -38,6 +38,10 @@ SPARSITY = 0.1  # Vahadane's lambda, for densities in natural logarithms
 ROUNDS = 60
 MOST_PIXELS = 100_000  # looked at to find stains; more change an angle by less than a tenth of a degree
 FEWEST_PIXELS = 500
+# Degrees between two stains. A single one, with a camera's noise of three grey levels, looks like two 7 degrees apart;
+# those of drawn and photographed tissue are 16 or more apart by either method.
+LEAST_ANGLE = 8.0
+LEAST_DEVIATION = 1e-3  # in Reinhard's space: less is rounding to whole grey levels
 
 # Logarithms of cone responses, decorrelated: Reinhard et al., equations 4 to 8.
 _RGB_TO_LMS = np.array([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]])
@@ -45,7 +49,7 @@ _LMS_TO_LAB = np.diag([3**-0.5, 6**-0.5, 2**-0.5]) @ np.array([[1, 1, 1], [1, 1,
 
 
 class NoTissue(ValueError):
-    """Too few stained pixels to find stains in."""
+    """Too few stained pixels, or too much alike, to find two stains or a spread of colours in."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,16 @@ class StainNormaliser:
 
     @staticmethod
     def make(method: Method, reference: Picture) -> "StainNormaliser":
-        """`reference`: uint8 [H, W, 3]. Raises `UserError` for an unknown method and a reference with little tissue."""
+        """`reference`: uint8 [H, W, 3]. Raises `UserError` for an unknown method, and a reference with little tissue
+        or of one stain."""
         if method not in get_args(Method):
             raise UserError(f"stain: found {method!r}, expected one of {', '.join(get_args(Method))}")
         try:
             return StainNormaliser(method, _found(method, [reference]))
         except NoTissue as error:
-            raise UserError(f"stain: the reference tile will not do: {error}; choose one full of tissue") from None
+            raise UserError(
+                f"stain: the reference tile will not do: {error}; choose one full of tissue, with nuclei and stroma"
+            ) from None
 
     def fit(self, tiles: Sequence[Picture]) -> Stains | Colours:
         """What `apply` needs to know of a slide, from some of its tiles. Raises `NoTissue`."""
@@ -117,7 +124,8 @@ def macenko(density_N3: Array) -> Array:
 
     Densities lie in a plane through the origin (from their two largest singular vectors); its extreme directions, at
     the 1st and 99th percentile of the angle, are the stains. Pixels count by the length of their
-    density; asking every channel to pass would throw pure eosin away, which hardly absorbs red.
+    density; asking every channel to pass would throw pure eosin away, which hardly absorbs red. Raises `NoTissue`
+    where there is one stain only.
     """
     _, _, right = np.linalg.svd(density_N3.T @ density_N3)
     plane = right[:2] * np.where(right[:2].sum(1) < 0, -1, 1)[:, None]
@@ -131,7 +139,8 @@ def vahadane(density_N3: Array) -> Array:
 
     Minimises ½‖V − H·W‖² + λ‖H‖₁ over H ≥ 0 [N, 2] and W ≥ 0 [2, 3] with rows of length at most one (Vahadane et al.,
     equation 6), in turns: H exactly, W by one pass of block-coordinate descent (Mairal et al., "Online dictionary
-    learning for sparse coding", ICML 2009, algorithm 2). It begins with Macenko's answer.
+    learning for sparse coding", ICML 2009, algorithm 2). It begins with Macenko's answer. Raises `NoTissue` where there
+    is one stain only.
     """
     values = density_N3 * np.log(10)
     stains = macenko(density_N3)
@@ -143,6 +152,7 @@ def vahadane(density_N3: Array) -> Array:
             if gram[k, k] > 0:
                 row = np.maximum(stains[k] + (seen[k] - gram[k] @ stains) / gram[k, k], 0)
                 stains[k] = row / max(np.linalg.norm(row), 1e-12)
+        _check_apart(stains)
         if np.abs(stains - before).max() < 1e-5:
             break
     return _ordered(stains)
@@ -187,7 +197,13 @@ def _found(method: Method, tiles: Sequence[Picture]) -> Stains | Colours:
     pixels = stained_pixels(tiles)
     if method == "reinhard":
         lab = to_lab(pixels)
-        return Colours(lab.mean(0), lab.std(0))
+        deviation_3 = lab.std(0)
+        if deviation_3.min() < LEAST_DEVIATION:
+            raise NoTissue(
+                f"one colour only: the least deviation in Reinhard's space is {deviation_3.min():.5f}, expected "
+                f"{LEAST_DEVIATION} or more"
+            )
+        return Colours(lab.mean(0), deviation_3)
     density = optical_density(pixels)
     vectors = macenko(density) if method == "macenko" else vahadane(density)
     return Stains(vectors, np.percentile(amounts_of(density, vectors), STRONGEST, axis=0))
@@ -200,7 +216,19 @@ def _gain(amounts: Array, gram: Array, wanted: Array) -> Array:
 
 
 def _ordered(stains_23: Array) -> Array:
-    """Of unit length, without the negative parts that noise leaves; the one that absorbs more red first."""
+    """Of unit length, without the negative parts that noise leaves; the one that absorbs more red first. `NoTissue`
+    where they are one."""
     stains = np.maximum(stains_23, 0)
-    stains /= np.linalg.norm(stains, axis=1, keepdims=True)
+    stains /= np.maximum(np.linalg.norm(stains, axis=1, keepdims=True), 1e-12)
+    _check_apart(stains)
     return stains[np.argsort(-stains[:, 0])]
+
+
+def _check_apart(stains_23: Array) -> None:
+    """`NoTissue` unless two unit vectors point to different colours; amounts of equal ones cannot be told apart."""
+    sine = float(np.linalg.norm(np.cross(*stains_23)))  # 0 also where one of them has vanished
+    if sine < np.sin(np.radians(LEAST_ANGLE)):
+        raise NoTissue(
+            f"one stain only: two that were looked for are {np.degrees(np.arcsin(sine)):.1f} degrees apart, expected "
+            f"{LEAST_ANGLE:g} or more"
+        )

@@ -117,7 +117,7 @@ def read_manifest(path: Path) -> list[ManifestRow]:
     """The lines of a GDC manifest. `UserError` when it is missing, has other columns, or a line that makes no sense."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file, delimiter="\t")
+            table = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             columns = table.fieldnames or []
             if missing := [column for column in MANIFEST_COLUMNS if column not in columns]:
                 raise UserError(
@@ -135,7 +135,7 @@ def read_manifest(path: Path) -> list[ManifestRow]:
         size, md5 = values["size"], values["md5"]
         if not values["filename"] or Path(values["filename"]).name != values["filename"] or "/" in values["id"]:
             raise UserError(f"{path}: row {number}: found the file name {values['filename']!r}, expected a bare name")
-        if (size and not size.isdigit()) or (md5 and not re.fullmatch("[0-9a-fA-F]{32}", md5)):
+        if (size and not re.fullmatch("[0-9]{1,18}", size)) or (md5 and not re.fullmatch("[0-9a-fA-F]{32}", md5)):
             raise UserError(
                 f"{path}: row {number}: found size {size!r} and md5 {md5!r}, expected bytes and 32 hexadecimal digits; "
                 f"either may be empty"

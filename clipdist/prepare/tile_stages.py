@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clipdist.data.sets.pack import Rejected
-from clipdist.errors import UserError
+from clipdist.data.sets.pack import Refused, Rejected
+from clipdist.errors import UserError, disk_errors
 from clipdist.prepare.recolour import recolour_slides
 from clipdist.prepare.reference_tile import choose_reference
 from clipdist.prepare.slides import SlideFile, TiledSlide, TilingOptions, TilingSummary, tile_slides
@@ -42,7 +42,7 @@ class ChosenTiles:
     tiling: TilingSummary
 
     def __str__(self) -> str:
-        lines = [str(self.tiling)]
+        lines = [self.tiling.told(self.rejected)]
         if "stain" in self.notes:
             lines.append(f"stains: {self.notes['stain']['method']}, after {self.notes['stain']['reference']}")
         if "attention" in self.notes:
@@ -65,8 +65,9 @@ def choose_tiles(
     """Runs `tile_slides`, then `recolour_slides` and the attention filter where asked for, below `folder`.
 
     Tiles go to `folder/tiles-<stride>-<side>`, recoloured ones to `folder/tiles-<stride>-<side>-<method>`; nothing that
-    is there already is made again. Raises `UserError` as `tile_slides` does, and when the attention filter passes
-    no tile.
+    is there already is made again. Slides that a later stage rejects join `rejected.csv` beside the tiles. Raises
+    `UserError` as `tile_slides` does, when all stages until then have rejected more than `max_rejected_fraction`, and
+    when the attention filter passes no tile.
     """
     place = folder / f"tiles-{tiling.stride}-{tiling.side}"
     summary = tile_slides(
@@ -78,7 +79,9 @@ def choose_tiles(
         workers=workers,
         quiet=quiet,
     )
-    chosen, refused = summary.slides, list(summary.rejected)
+    chosen = summary.slides
+    refused = Refused(place, list(summary.rejected), max_rejected_fraction, "slides")
+    refused.total = len(rejected) + len(slides)
     notes: dict[str, Any] = {"tiling": asdict(tiling), "tiles": summary.tiles}
     if stain:
         reference = stain.reference
@@ -90,19 +93,27 @@ def choose_tiles(
             raise UserError(f"reference tile {reference}: there is no such file")
         target = folder / f"{place.name}-{stain.method}"
         chosen, colourless = recolour_slides(chosen, target, stain.method, reference, workers=workers, quiet=quiet)
-        refused += colourless
+        _refuse(refused, colourless)
     if attention:
         given = sum(len(slide.record["tiles"]) for slide in chosen)
-        chosen, overlooked = _attended(chosen, attention, quiet)
+        chosen, overlooked, source = _attended(chosen, attention, quiet)
         kept = sum(len(slide.record["tiles"]) for slide in chosen)
-        notes["attention"] = {**asdict(attention), "given": given, "kept": kept}
-        refused += overlooked
-    return ChosenTiles(chosen, refused, notes, summary)
+        notes["attention"] = {**asdict(attention), **source, "given": given, "kept": kept}
+        _refuse(refused, overlooked)
+    return ChosenTiles(chosen, refused.found, notes, summary)
+
+
+def _refuse(refused: Refused, more: Sequence[Rejected]) -> None:
+    refused.found.extend(more)
+    with disk_errors(refused.folder):
+        refused.check()
+        refused.save()
 
 
 def _attended(
     slides: Sequence[TiledSlide], options: AttentionOptions, quiet: bool
-) -> tuple[list[TiledSlide], list[Rejected]]:
+) -> tuple[list[TiledSlide], list[Rejected], dict[str, Any]]:
+    """Slides with the tiles that pass, slides without any, and which weights looked."""
     from clipdist.prepare.saliency import AttentionFilter, attention_of_slides  # brings torch, which takes seconds
 
     if not 0 <= options.least_share <= 1:
@@ -122,4 +133,4 @@ def _attended(
             f"attention: no tile of {len(slides)} slides has {options.least_share:g} of its patches above "
             f"{options.threshold:g} even shares; lower one of these, or check the weights"
         )
-    return kept, rejected
+    return kept, rejected, looked.source

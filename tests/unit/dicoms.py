@@ -7,12 +7,13 @@ import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+EMPTY_ELEMENT = "empty"
 DIGITAL_XRAY = "1.2.840.10008.5.1.4.1.1.1.1"
 
 
 def dicom_dataset(stored_HW: np.ndarray, *, bits: int = 12, kind: str = "MONOCHROME2", **elements: Any) -> Dataset:
     """A digital X-ray of these stored values, unsigned 16-bit with `bits` of them in use. `elements` are set last;
-    None removes one."""
+    None removes one, `EMPTY_ELEMENT` leaves it without a value."""
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -25,6 +26,10 @@ def dicom_dataset(stored_HW: np.ndarray, *, bits: int = 12, kind: str = "MONOCHR
     for name, value in elements.items():
         if value is None:
             delattr(dataset, name)
+        elif value == EMPTY_ELEMENT:
+            setattr(dataset, name, None)
+        elif name == "PixelPaddingValue":  # whether it may be negative is the writer's affair, and often wrong
+            dataset.add_new(name, "SS" if value < 0 else "US", value)
         else:
             setattr(dataset, name, value)
     return dataset

@@ -133,6 +133,10 @@ def test_other_views_labels_and_sections(raw: Path) -> None:
         "sections": ["impression"],
     }
     assert len(read_mimic_cxr(raw, CxrOptions(views=("LATERAL",), labels="negbio")).pairs) == 11
+    unnamed = read_mimic_cxr(raw, CxrOptions(views=("unknown",)))
+    assert [pair.fields["view"] for pair in unnamed.pairs] == ["unknown"]
+    assert "view unknown" not in unnamed.notes["left_out"]
+    assert len(read_mimic_cxr(raw, CxrOptions(views=("LATERAL", "unknown"))).pairs) == 12
     with pytest.raises(UserError, match=r"no picture of the views pa; found LATERAL \(11\), .*--views"):
         read_mimic_cxr(raw, CxrOptions(views=("pa",)))
 

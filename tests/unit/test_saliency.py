@@ -1,7 +1,10 @@
 """The attention filter: equal to attention computed by hand, weights from files, slides looked at once."""
 
+import argparse
 import json
+from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clipdist.data.shards import checksum_file
 from clipdist.errors import UserError
 from clipdist.prepare.saliency import AttentionFilter, attention_of_slides
 from tests.unit.pictures import picture
@@ -103,7 +107,17 @@ def test_weights_come_from_files(tmp_path: Path, form: str, looked: AttentionFil
     elif form == "dino":  # as DINO saves it: a student, too, a head, and prefixes of its wrappers
         teacher = {f"backbone.{key}": value for key, value in weights.items()}
         student = {f"module.{key}": torch.zeros_like(value) for key, value in teacher.items()}
-        torch.save({"student": student, "teacher": {**teacher, "head.mlp.0.weight": torch.ones(2)}, "epoch": 3}, path)
+        torch.save(
+            {
+                "student": student,
+                "teacher": {**teacher, "head.mlp.0.weight": torch.ones(2)},
+                "epoch": 3,
+                # Its schedules are NumPy's, and so are the rates that its optimiser keeps.
+                "optimizer": {"param_groups": [{"lr": np.linspace(0, 1, 3)[1], "weight_decay": np.float32(0.04)}]},
+                "args": argparse.Namespace(arch="vit_small", output_dir=tmp_path, lr=5e-4),
+            },
+            path,
+        )
     elif form == "wrapped":
         torch.save({"state_dict": {f"module.{key}": value for key, value in weights.items()}}, path)
     else:
@@ -124,6 +138,11 @@ def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
     (tmp_path / "bad.pth").write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"bad.pth cannot be read"):
         AttentionFilter(NAME, str(tmp_path / "bad.pth"), side=64)
+    for name, foreign in (("namespaces", SimpleNamespace()), ("code", OrderedDict.fromkeys)):
+        torch.save({"teacher": {}, "args": foreign}, tmp_path / f"{name}.pth")
+        with pytest.raises(UserError, match=r"holds .* besides weights") as raised:
+            AttentionFilter(NAME, str(tmp_path / f"{name}.pth"), side=64)
+        assert str(raised.value).isprintable()
     torch.save({"patch_embed.proj.weight": torch.ones(3)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"do not fit timm:test_vit at side 64: \d+ missing, 1 of another shape"):
         AttentionFilter(NAME, str(tmp_path / "other.pth"), side=64)
@@ -149,3 +168,18 @@ def test_slides_are_looked_at_once(tmp_path: Path, looked: AttentionFilter, monk
     picture(9, (60, 60)).save(paths[0])
     list(attention_of_slides([(tmp_path, paths)], looked))
     assert calls == [3]
+
+
+def test_other_weights_under_the_same_name_are_looked_through_anew(tmp_path: Path) -> None:
+    picture(0, (50, 50)).save(tmp_path / "0.png")
+    found = []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        weights = timm.create_model(NAME, num_classes=0, img_size=64).state_dict()
+        torch.save(weights, tmp_path / "weights.pth")
+        looked = AttentionFilter(NAME, str(tmp_path / "weights.pth"), side=64, threshold=1.0)
+        assert looked.source["checksum"] == checksum_file(tmp_path / "weights.pth")
+        (shares,) = attention_of_slides([(tmp_path, [tmp_path / "0.png"])], looked)
+        assert shares == {"0.png": looked.shares([tmp_path / "0.png"])[0]}
+        found.append(shares)
+    assert found[0] != found[1]

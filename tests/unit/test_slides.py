@@ -348,6 +348,9 @@ def test_other_options_are_refused_by_name(tissues: Tissues, tmp_path: Path) -> 
     for wrong in ({"stride": 10, "side": 20}, {"min_tissue": 2.0}, {"max_white": 0.0}, {"most": 0}, {"format": "gif"}):
         with pytest.raises(UserError, match="tiles"):
             TilingOptions(**wrong)  # type: ignore[arg-type]
+    for mpp in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"micrometres per pixel: found .*, expected more than 0"):
+            TilingOptions(assume_mpp=mpp)
 
 
 def test_a_few_tiles_of_each_slide_are_the_same_each_time(tissues: Tissues, tmp_path: Path) -> None:

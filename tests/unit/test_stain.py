@@ -161,6 +161,42 @@ def test_what_cannot_be_used_is_said() -> None:
     assert isinstance(StainNormaliser.make("vahadane", ihc()).target, Stains)
 
 
+def one_colour(vector: tuple[float, float, float], noise: float = 1.5, side: int = 150) -> Picture:
+    """Pixels with much or little of a single stain; a camera's noise."""
+    rng = np.random.default_rng(0)
+    count = side * side
+    amount = np.where(rng.random(count) < 0.5, rng.gamma(4, 0.12, count), rng.exponential(0.03, count))
+    light = 255 * 10 ** -(amount[:, None] * unit([vector])) + rng.normal(0, noise, (count, 3))
+    return np.rint(light).clip(0, 255).astype(np.uint8).reshape(side, side, 3)
+
+
+ONE_COLOUR = {
+    "uniform": np.full((80, 80, 3), (150, 90, 160), np.uint8),
+    "grey": np.random.default_rng(0).integers(20, 200, (80, 80, 1), dtype=np.uint8).repeat(3, 2),
+    "black and white": np.where(np.arange(80)[:, None, None] % 2, 0, 255).astype(np.uint8).repeat(80, 1).repeat(3, 2),
+    "eosin": one_colour(EOSIN),
+    "haematoxylin": one_colour(HAEMATOXYLIN),
+    "noisy haematoxylin": one_colour(HAEMATOXYLIN, 3),
+}
+
+
+@pytest.mark.parametrize("name", ONE_COLOUR)
+@pytest.mark.parametrize("method", ["macenko", "vahadane"])
+def test_pictures_of_one_stain_are_neither_recoloured_nor_references(method: Method, name: str) -> None:
+    with pytest.raises(NoTissue, match=r"one stain only: .* degrees apart, expected 8 or more"):
+        StainNormaliser.make(method, h_and_e()).fit([ONE_COLOUR[name]])
+    with pytest.raises(UserError, match="reference tile will not do: one stain only"):
+        StainNormaliser.make(method, ONE_COLOUR[name])
+
+
+@pytest.mark.parametrize("name", ["uniform", "grey", "black and white"])
+def test_reinhard_needs_colours_that_differ(name: str) -> None:
+    with pytest.raises(NoTissue, match="one colour only"):
+        StainNormaliser.make("reinhard", h_and_e()).fit([ONE_COLOUR[name]])
+    with pytest.raises(UserError, match="reference tile will not do: one colour only"):
+        StainNormaliser.make("reinhard", ONE_COLOUR[name])
+
+
 def slide_of(folder: Path, name: str, pictures: list[Picture]) -> TiledSlide:
     (folder / name).mkdir(parents=True)
     tiles = []
@@ -201,6 +237,27 @@ def test_slides_are_recoloured_once(tmp_path: Path) -> None:
     (other,), _ = recoloured("vahadane")
     assert not other.resumed
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+
+
+def test_one_colour_damage_and_what_is_no_picture_are_named(tmp_path: Path) -> None:
+    slides = [slide_of(tmp_path / "in", name, [ONE_COLOUR[name]]) for name in ("grey", "eosin")]
+    slides.append(slide_of(tmp_path / "in", "tissue", [h_and_e()]))
+    Image.fromarray(h_and_e()).save(tmp_path / "reference.png")
+    options = {"workers": 0, "quiet": True}
+    done, rejected = recolour_slides(slides, tmp_path / "out", "macenko", tmp_path / "reference.png", **options)
+    assert [slide.name for slide in done] == ["tissue"]
+    assert [one.key for one in rejected] == ["grey", "eosin"]
+    assert all("one stain only" in one.reason for one in rejected)
+    assert not (tmp_path / "out" / "grey").exists()
+
+    (tmp_path / "text.png").write_text("no picture")
+    for reference in (tmp_path / "text.png", tmp_path / "none.png", tmp_path):
+        with pytest.raises(UserError, match=r"reference tile .*: cannot be read as a picture"):
+            recolour_slides(slides, tmp_path / "other", "macenko", reference, **options)
+    path = slides[2].tiles[0].path
+    path.write_bytes(path.read_bytes()[:2000] + bytes(path.stat().st_size - 2000))
+    with pytest.raises(UserError, match=r"000000_000000.png: damaged tile \(.*\); delete the folder .*tissue and run"):
+        recolour_slides(slides[2:], tmp_path / "third", "macenko", tmp_path / "reference.png", **options)
 
 
 def test_the_reference_is_a_full_ordinary_tile_with_gland_and_stroma(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 pytest.importorskip("openslide", reason="openslide-python (extra: pathology) is not installed")
 pytest.importorskip("imagecodecs", reason="tifffile writes JPEG with it")
@@ -91,6 +92,8 @@ def test_manifests(tmp_path: Path) -> None:
         (HEADER + "../a\tx.svs\t\t1\tlive\n", "row 1"),
         (HEADER + "a\tx.svs\t\tmany\tlive\n", "row 1: found size 'many' and md5 ''"),
         (HEADER + "a\tx.svs\tabc\t1\tlive\n", "row 1: found size '1' and md5 'abc'"),
+        (HEADER + "a\tx.svs\t\t²\tlive\n", "row 1: found size '²' and md5 ''"),
+        (HEADER + "a\tx.svs\t\t١\tlive\n", "row 1: found size '١' and md5 ''"),
     ],
 )
 def test_manifests_that_are_none(tmp_path: Path, text: str, message: str) -> None:
@@ -98,6 +101,12 @@ def test_manifests_that_are_none(tmp_path: Path, text: str, message: str) -> Non
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         read_manifest(path)
+
+
+def test_quotes_in_a_manifest_are_letters(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.txt"
+    path.write_text(HEADER + 'a\t"x.svs\t\t1\tlive\nb\ty".svs\t\t2\tlive\n')
+    assert [(row.filename, row.size) for row in read_manifest(path)] == [('"x.svs', 1), ('y".svs', 2)]
 
 
 def test_a_manifest_is_found_when_there_is_one(tmp_path: Path) -> None:
@@ -190,6 +199,21 @@ def test_reports_by_patient(tmp_path: Path) -> None:
         read_diagnoses(tmp_path / "empty", patients)
 
 
+def test_reports_encrypted_without_a_password_are_read(tmp_path: Path) -> None:
+    pypdf = pytest.importorskip("pypdf", reason="pypdf (extra: pathology) is not installed")
+    pytest.importorskip("cryptography", reason="cryptography (extra: pathology) is not installed")
+    from tests.unit.test_reports import pdf
+
+    (tmp_path / "plain.pdf").write_bytes(pdf("FINAL DIAGNOSIS:", "Invasive lobular carcinoma."))
+    writer = pypdf.PdfWriter(clone_from=tmp_path / "plain.pdf")
+    writer.encrypt("", owner_password="owner", algorithm="AES-256")
+    (tmp_path / "reports").mkdir()
+    writer.write(tmp_path / "reports" / "TCGA-A1-0001.pdf")
+    found, rejected = read_diagnoses(tmp_path / "reports", {"TCGA-A1-0001"})
+    assert rejected == []
+    assert found["TCGA-A1-0001"].entities == ["ILC"]
+
+
 OPTIONS = ("--stride", 256, "--tile-side", 96, "--workers", 0)
 
 
@@ -267,6 +291,7 @@ def test_stages_are_kept_and_filtered_tiles_left_out(
         "attention": AttentionOptions("test_vit", False),
         "workers": 0,
         "quiet": True,
+        "max_rejected_fraction": 0.5,
     }
     tiling = TilingOptions(stride=256, side=96)
     chosen = choose_tiles(slides, tmp_path, tiling, **options)
@@ -278,8 +303,16 @@ def test_stages_are_kept_and_filtered_tiles_left_out(
     assert chosen.notes["stain"]["reference"].split("/")[0] in {slide.name for slide in slides}
     assert f"{sum(asked[1:]) - 2} of {sum(asked)} tiles kept" in str(chosen)
 
+    table = tmp_path / "tiles-256-96" / "rejected.csv"
+    assert f"rejected: 1 of 3, see {table}" in str(chosen)
+    assert "rejected: none" not in str(chosen)
+    (row,) = csv.DictReader(table.open(encoding="utf-8"))
+    assert (row["key"], row["reason"]) == (slides[0].name, chosen.rejected[0].reason)
+
     again = choose_tiles(slides, tmp_path, tiling, **options)
     assert len(asked) == 3
+    with pytest.raises(UserError, match=r"1 of 3 slides rejected so far, above the limit of 20.00%.*attention filter"):
+        choose_tiles(slides, tmp_path, tiling, **{**options, "max_rejected_fraction": 0.2})
     assert [slide.record for slide in again.slides] == [slide.record for slide in chosen.slides]
     with pytest.raises(UserError, match="lower one of these, or check the weights"):
         choose_tiles(
@@ -289,6 +322,43 @@ def test_stages_are_kept_and_filtered_tiles_left_out(
         choose_tiles(slides, tmp_path, tiling, stain=StainOptions("macenko", tmp_path / "none.png"), **{
             "workers": 0, "quiet": True
         })  # fmt: skip
+
+
+def test_slides_that_cannot_be_recoloured_count_as_rejected(
+    layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clipdist.prepare import recolour
+    from clipdist.prepare.slides import SlideFile, TilingOptions
+    from clipdist.prepare.stain import NoTissue, StainNormaliser
+
+    slides = list(find_slides(read_manifest(layout / "gdc_manifest.txt"), layout / "slides").slides.values())[:2]
+    Image.fromarray(h_and_e()).save(tmp_path / "reference.png")
+    asked: list[None] = []
+
+    def fit(self: Any, tiles: list[Any]) -> Any:
+        asked.append(None)
+        if len(asked) % 2:
+            raise NoTissue("one stain only")
+        return once(self, tiles)
+
+    once = StainNormaliser.fit
+    monkeypatch.setattr(recolour.StainNormaliser, "fit", fit)
+    before = [SlideFile("a", tmp_path / "none.svs").rejected("missing file")]
+    options: dict[str, Any] = {
+        "stain": StainOptions("macenko", tmp_path / "reference.png"),
+        "workers": 0,
+        "quiet": True,
+        "rejected": before,
+    }
+    tiling = TilingOptions(stride=256, side=96, most=2)
+    with pytest.raises(UserError, match=r"2 of 3 slides rejected so far, above the limit of 50.00%"):
+        choose_tiles(slides, tmp_path, tiling, max_rejected_fraction=0.5, **options)
+    rows = list(csv.DictReader((tmp_path / "tiles-256-96" / "rejected.csv").open(encoding="utf-8")))
+    assert [row["reason"] for row in rows] == ["missing file", "no stains: one stain only"]
+    shutil.rmtree(tmp_path / "tiles-256-96-macenko")
+    chosen = choose_tiles(slides, tmp_path, tiling, max_rejected_fraction=0.7, **options)
+    assert [slide.name for slide in chosen.slides] == [slides[1].name]
+    assert "rejected: 2 of 3, see" in str(chosen)
 
 
 @pytest.mark.slow

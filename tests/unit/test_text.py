@@ -1,12 +1,16 @@
 """Tokenizers: whole domain words, the same vocabulary in every process, padding to the longest of a batch."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from clipdist.data.text import Tokenizer, train_wordpiece
+from clipdist.errors import UserError
 
 CAPTIONS = [
     f"A {word} of the {site}, {extra}."
@@ -55,3 +59,32 @@ def test_a_saved_tokenizer_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> 
     again = Tokenizer.load(tmp_path / "tokenizer", 12)
     assert again.encode(CAPTIONS) == tokenizer.encode(CAPTIONS)
     assert again.pad_id == tokenizer.pad_id
+
+
+WORDS = st.text(st.sampled_from("abcé.,-'红斑疹한글🙂 "), max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(WORDS, max_size=12), st.integers(6, 60))
+def test_a_vocabulary_is_as_large_as_asked_at_most(captions: list[str], vocabulary: int) -> None:
+    try:
+        found = train_wordpiece(captions, vocabulary, 12)
+    except UserError as error:
+        least = int(re.search(r"expected at least ([\d,]+)", str(error))[1].replace(",", ""))  # type: ignore[index]
+        assert least > vocabulary
+        vocabulary = least
+        found = train_wordpiece(captions, least, 12)
+        assert len(found) == least
+    assert len(found) <= vocabulary
+    unknown = found.tokenizer.unk_token_id
+    assert all(unknown not in ids for ids in found.encode(captions or [""]))
+
+
+def test_letters_of_ideographs_are_words_and_too_many_are_refused() -> None:
+    captions = [f"红斑 {chr(0x4E00 + number)}{chr(0x5000 + number)}" for number in range(300)]
+    whole = train_wordpiece(captions, 700, 77)
+    assert len(whole) <= 700
+    assert whole.tokenizer.tokenize("红斑") == ["红", "斑"]
+    assert not [token for token in whole.tokenizer.get_vocab() if token.startswith("##")]
+    with pytest.raises(UserError, match=r"vocabulary: found 512 entries, expected at least 60\d.* letters"):
+        train_wordpiece(captions, 512, 77)

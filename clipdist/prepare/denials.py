@@ -31,7 +31,7 @@ _MARK = re.compile(r"^\(?(?:\d{1,2}|[A-Z])[.):]\s+")
 
 # A line that cannot be whole: the next one goes on with it, as "NO EVIDENCE OF INVASIVE | DUCTAL CARCINOMA".
 _OPEN = re.compile(
-    r"(?:[,/(&-]|\b(?:and|or|nor|but|of|for|with|without|no|not|the|an?|in|at|to|by|from|on|is|are|was|were|evidence"
+    r"(?:[,/(&-]|\b(?:and|or|nor|but|of|for|with|without|no|not|the|an?|in|at|to|by|from|on|is|are|was|were|evidence|grade|type"
     r"|(?!negative|positive)\w+(?:al|ic|ive|ing|ar|ary)|(?<!carcinoma\s)(?<!carcinoma,\s)in\s+situ))$",
     re.IGNORECASE,
 )

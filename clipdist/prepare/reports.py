@@ -19,7 +19,10 @@ _NOT_FINAL = re.compile(
 _KINDS = r"FINAL|REVISED|AMENDED|CORRECTED|SURGICAL|ANATOMIC(?:AL)?|(?:HISTO)?PATHOLOG(?:IC(?:AL)?|Y)" \
          r"|HISTOLOG(?:IC(?:AL)?|Y)|MICROSCOPIC|MORPHOLOGIC(?:AL)?"  # fmt: skip
 # Before "diagnosis": these words, also in small letters or broken over lines; and any others with a capital.
-_WHICH = rf"(?P<which>(?:(?i:{_KINDS})[\s/&-]+|[A-Z][A-Za-z&/-]*\.?[ \t]+|(?:and|of|&)[ \t]+){{0,6}})"
+_WHICH = (
+    rf"(?P<which>(?:(?i:{_KINDS})[\s/&-]+|(?:(?i:PRE|POST)-?\s?(?i:OP)\.|[A-Z][A-Za-z&/-]*)[ \t]+|(?:and|of|&)[ \t]+)"
+    r"{0,6})"
+)
 _DIAGNOSIS = rf"{_WHICH}(?i:DIAGNOS(?:IS\s?\(ES\)|[IE]S))"
 OTHERS = (
     r"CLINICAL\s+(?:DIAGNOSIS\s*(?:&|AND)\s*)?(?:HISTORY|INFORMATION|DATA|DETAILS)", r"(?:PATIENT|BRIEF)\s+HISTORY",
@@ -34,8 +37,8 @@ OTHERS = (
 _LOOSE = r"(?P<loose>SPECIMENS?(?:\s*\(S\))?|PROCEDURES?|HISTORY)"
 # A heading stands alone on its line, or ends in a colon; the colon of scanned reports may be apart from it.
 _HEADING = re.compile(
-    rf"(?<![A-Za-z])(?P<name>{_DIAGNOSIS}|(?i:{'|'.join(OTHERS)}|{_LOOSE}))(?:\s*\([^()\n]{{2,60}}\))?[ \t]*"
-    r"(?P<colon>:|(?=[*_=-]*\s*\n|[*_=-]*\s*$))"
+    rf"(?<![A-Za-z])(?P<name>{_DIAGNOSIS}|(?i:{'|'.join(OTHERS)}|{_LOOSE}))(?:\s{{0,9}}\([^()\n]{{2,60}}\))?[ \t]{{0,9}}"
+    r"(?P<colon>:|(?=[*_=-]*[ \t\r]{0,9}(?:\n|$)))"
 )
 _CAPITALISED = re.compile(r"(?:[A-Z][\w/&.()-]*|and|of|&)(?:\s+(?:[A-Z(][\w/&.()-]*|and|of|&))*")
 # What leads on to the words behind it, so that these are no heading: "see note".
@@ -138,7 +141,7 @@ def _is_diagnosis(heading: re.Match[str], kind: re.Pattern[str]) -> bool:
 
 
 def _headings(text: str) -> Iterator[re.Match[str]]:
-    """The headings of a text. One that begins no line needs capitals and a colon: "the diagnosis: ..." is a sentence."""
+    """The headings of a text. Within a line they need capitals and a colon: "the diagnosis: ..." is a sentence."""
     for match in _HEADING.finditer(text):
         before = text[: match.start()]
         if _LEADS_ON.search(before[-40:]):

@@ -103,8 +103,8 @@ def test_headings_of_organs_belong_to_the_findings() -> None:
 
 def test_any_heading_below_the_findings_goes_on_with_them() -> None:
     text = (
-        " FINDINGS:\n \n PULMONARY VASCULATURE:  Engorged.\n SPINE:  Old fracture of T8 seen.\n EFFUSION:  Large on the "
-        "right side.\n \n HEART:  It is large.\n \n DISPOSITION:  She was sent home.\n \n "
+        " FINDINGS:\n \n PULMONARY VASCULATURE:  Engorged.\n SPINE:  Old fracture of T8 seen.\n EFFUSION:  Large on "
+        "the right side.\n \n HEART:  It is large.\n \n DISPOSITION:  She was sent home.\n \n "
         "IMPRESSION:  Pneumonia is seen.\n"
     )
     assert report_captions(text) == {

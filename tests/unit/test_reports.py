@@ -1,5 +1,6 @@
 """Diagnosis sections of pathology reports: which heading counts, where it ends, which sentences tell something."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -282,6 +283,14 @@ def test_one_line_with_headings_in_mixed_case(text: str, expected: list[str]) ->
 )
 def test_how_diseases_are_written(sentence: str, names: list[str]) -> None:
     assert entities([sentence]) == names
+
+
+@pytest.mark.parametrize("text", ["INVASIVE DUCTAL AND ", "DIAGNOSIS ", "no not , (", " ", "A. 1. "])
+def test_long_texts_take_no_time(text: str) -> None:
+    began = time.process_time()
+    for start in ("FINAL DIAGNOSIS: DCIS ", "FINAL DIAGNOSIS"):
+        named(start + text * 2000 + "x")
+    assert time.process_time() - began < 5
 
 
 def test_text_files_of_either_coding(tmp_path: Path) -> None:

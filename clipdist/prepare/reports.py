@@ -37,7 +37,8 @@ OTHERS = (
 _LOOSE = r"(?P<loose>SPECIMENS?(?:\s*\(S\))?|PROCEDURES?|HISTORY)"
 # A heading stands alone on its line, or ends in a colon; the colon of scanned reports may be apart from it.
 _HEADING = re.compile(
-    rf"(?<![A-Za-z])(?P<name>{_DIAGNOSIS}|(?i:{'|'.join(OTHERS)}|{_LOOSE}))(?:\s{{0,9}}\([^()\n]{{2,60}}\))?[ \t]{{0,9}}"
+    rf"(?<![A-Za-z])(?P<name>{_DIAGNOSIS}|(?i:{'|'.join(OTHERS)}|{_LOOSE}))"
+    rf"(?:\s{{0,9}}\([^()\n]{{2,60}}\))?[ \t]{{0,9}}"
     r"(?P<colon>:|(?=[*_=-]*[ \t\r]{0,9}(?:\n|$)))"
 )
 _CAPITALISED = re.compile(r"(?:[A-Z][\w/&.()-]*|and|of|&)(?:\s+(?:[A-Z(][\w/&.()-]*|and|of|&))*")

@@ -9,9 +9,11 @@ from clipdist.settings import Share, settings
 
 CaptionChoice = Literal["random", "first", "sentence"]
 
-# A full stop between digits ("3.5 mm"), after a single letter or digit ("B. Smith", "2. Edema") or after the
-# abbreviation of a title ("Dr. Smith") or of versus ends no sentence.
-SENTENCE_END = re.compile(r"(?<=[.!?;])(?<!\b\w\.)(?<!\b(?:[DM]r|Ms|vs)\.)(?<!\bMrs\.)\s+(?=\S)")
+# A full stop between digits ("3.5 mm"), after a single letter ("B. Smith"), after a digit that begins a sentence
+# ("2. Edema", but not "grade 2."), or after the abbreviation of a title ("Dr. Smith") or of versus ends no sentence.
+SENTENCE_END = re.compile(
+    r"(?<=[.!?;])(?<!\b[^\W\d]\.)(?<!^\d\.)(?<![.!?;:]\s\d\.)(?<!\b(?:[DM]r|Ms|vs)\.)(?<!\bMrs\.)\s+(?=\S)"
+)
 
 
 @settings

@@ -11,13 +11,19 @@ import re
 from collections.abc import Sequence
 
 from clipdist.data.captions import sentences
-from clipdist.prepare.report_text import BULLET, UnusableReport, items
+from clipdist.prepare.report_text import UnusableReport, items
 
 CAPTIONS = ("findings", "impression")
 LAST_PARAGRAPH = "last_paragraph"
 MIN_TOKENS = 3
 _HEADING = re.compile(r"^[ \t]*([A-Z][A-Z ()/,&-]*?)[ \t]*:(?=\s|$)", re.MULTILINE)
+# Headings of what is no finding, whatever they name: "NOTIFICATION OF CRITICAL FINDINGS" is about a telephone call.
+_ASIDE = re.compile(
+    r"NOTIF|COMMUNICAT|DISCUSS|CRITICAL|RECOMMEND(?!.*IMPRESSION)|WET READ|DICTAT|TRANSCRI|SIGNED|ELECTRONIC|ATTENDING"
+    r"|RADIOLOGIST|RESIDENT|PHYSICIAN|PROCEDURE|(?:RADIATION )?DOSE|FINAL REPORT|PRELIMINARY REPORT|DATE|TIME"
+)
 _MEANINGS = (
+    ("history", re.compile("^(?:CLINICAL|ADMITTING|WORKING) (?:IMPRESSION|FINDING|CONCLUSION)")),  # of who sent them
     ("impression", re.compile("IMPRESSION|CONCLUSION")),
     ("findings", re.compile("FINDING")),
     ("history", re.compile("HISTORY|INFORMATION|^PFI$")),
@@ -29,7 +35,7 @@ _MEANINGS = (
     ("findings", re.compile(r"CHEST|PORTABLE|\b(?:PA|AP|LATERAL|FRONTAL)\b.*\b(?:PA|AP|LAT|LATERAL|VIEWS?|UPRIGHT)\b"
                             r"|(?:FRONTAL|SEMI).UPRIGHT|\b(?:ONE|TWO) VIEWS?|BONE WINDOW|\bRIBS\b")),
 )  # fmt: skip
-# Headings within the findings, organ by organ: what follows still belongs to them.
+# Organs: below findings or impression what follows belongs to them, even after an empty line.
 _PART = re.compile(
     r"(?:LUNGS?|HEART|AIRWAYS?|PLEURAL?|MEDIASTIN|HIL[AU]|CARDI|BONES?|OSSEOUS|SOFT TISSUE|DIAPHRAGM|(?:UPPER )?ABDOMEN"
     r"|TUBES?|LINES?|SUPPORT|DEVICES?|HARDWARE|OTHER)[A-Z /,&-]*"
@@ -45,8 +51,7 @@ def report_sections(text: str) -> dict[str, str]:
     letters. When there is neither findings nor impression, `last_paragraph` is the last section (or, without headings,
     the whole text) less its first paragraph, if there are several.
     """
-    headings = [(match, _meaning(match[1])) for match in _HEADING.finditer(text)]
-    headings = [one for place, one in enumerate(headings) if not _goes_on(headings, place)]
+    headings = _headings(text)
     found: dict[str, str] = {}
     ends = [match.start() for match, _ in headings[1:]] + [len(text)]
     for (match, meaning), end in zip(headings, ends, strict=False):
@@ -82,28 +87,46 @@ def report_captions(text: str, wanted: Sequence[str] = CAPTIONS, min_tokens: int
 def report_sentences(section: str, min_tokens: int = MIN_TOKENS) -> list[str]:
     """The sentences of a section as they can stand alone; see `report_captions`."""
     kept = []
-    for item in items(section, ends=""):
+    for item in items(section, lambda *_: True):
         for sentence in sentences(" ".join(item.split())):
-            words = _without_blanks(BULLET.sub("", sentence)).strip(" ;:,-")
+            words = _without_blanks(sentence).strip(" ;:,-")
             if words and words[-1] not in ".!?":
                 words += "."
             if len(_TOKEN.findall(words)) >= min_tokens and re.search(r"[A-Za-z]{2}", words):
                 kept.append(words)
-    return kept
+    # Joined first: where a sentence ends in "Dr." or "type B.", training could not tell it from the next one.
+    return sentences(" ".join(kept))
+
+
+def _headings(text: str) -> list[tuple[re.Match[str], str]]:
+    """The headings that begin a section, and what they mean."""
+    found: list[tuple[re.Match[str], str]] = []
+    for match in _HEADING.finditer(text):
+        meaning = _meaning(match[1])
+        if not (found and found[-1][1] in CAPTIONS and _goes_on(text, found[-1][0].end(), match, meaning)):
+            found.append((match, meaning or match[1].lower()))
+    return found
 
 
 def _meaning(heading: str) -> str:
+    """The meaning of a heading; none for one that only says what it stands over."""
+    if _ASIDE.match(heading):
+        return ""
     for meaning, pattern in _MEANINGS:
         if pattern.search(heading):
             return meaning
     near = difflib.get_close_matches(heading, [name.upper() for name in CAPTIONS], n=1, cutoff=0.85)  # misspelt
-    return near[0].lower() if near else heading.lower()
+    return near[0].lower() if near else ""
 
 
-def _goes_on(headings: list[tuple[re.Match[str], str]], place: int) -> bool:
-    """Whether this heading is one of a part within findings or impression."""
-    before = next((meaning for match, meaning in headings[place - 1 :: -1] if not _PART.fullmatch(match[1])), "")
-    return place > 0 and before in CAPTIONS and bool(_PART.fullmatch(headings[place][0][1]))
+def _goes_on(text: str, begin: int, match: re.Match[str], meaning: str) -> bool:
+    """Whether a heading stands within the findings or impression that begin at `begin`: over an organ, or over
+    anything else ("EFFUSION:") in the same paragraph or the first one."""
+    if _PART.fullmatch(match[1]):
+        return True
+    before = text[begin : match.start()]
+    same_paragraph = not before.strip() or bool(before.removesuffix("\n").rpartition("\n")[2].strip())
+    return not meaning and not _ASIDE.match(match[1]) and same_paragraph
 
 
 def _without_blanks(text: str) -> str:

@@ -1,50 +1,73 @@
 """Pathology reports, text or PDF -> the diagnosis section, and those of its sentences that tell what a slide shows."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from clipdist.errors import UserError
-from clipdist.prepare.report_text import BULLET, UnusableReport, decoded, items
+from clipdist.prepare.denials import report_statements
+from clipdist.prepare.report_text import UnusableReport, decoded
 
-# Headings of a diagnosis, the plainest first: where a report has several, the first of this list that it has counts.
-DIAGNOSIS = (
-    r"FINAL\s+(?:PATHOLOG(?:IC(?:AL)?|Y)\s+)?DIAGNOS[IE]S",
-    r"(?:SURGICAL\s+|ANATOMIC\s+|HISTO)?PATHOLOG(?:IC(?:AL)?|Y)\s+DIAGNOS[IE]S",
-    r"(?:HISTOLOGIC(?:AL)?|MICROSCOPIC|MORPHOLOGIC(?:AL)?)\s+DIAGNOS[IE]S",
-    r"DIAGNOS[IE]S",
+# What stands before "diagnosis", the most final first: where a report has several, the first of this list counts.
+FINALITY = tuple(map(re.compile, (r"(?i)FINAL", r"(?i)PATHOLOG", r"(?i)HISTOLOG|MICROSCOPIC|MORPHOLOGIC", "")))
+# Diagnoses of somebody else, or of a time before the slides were seen.
+_NOT_FINAL = re.compile(
+    r"FROZEN|PRE-?\s?OP|POST-?\s?OP|INTRA-?\s?OP|OPERATIVE|CLINICAL|PROVISIONAL|PRELIMINARY|ADMI(?:TTING|SSION)|REFERR"
+    r"|WORKING|DIFFERENTIAL|PREVIOUS|PRIOR|HISTORY|CYTOLOG|DIAGNOSIS|COMMENT|\bNO\b|\bSEE\b",
+    re.IGNORECASE,
 )
+_KINDS = r"FINAL|REVISED|AMENDED|CORRECTED|SURGICAL|ANATOMIC(?:AL)?|(?:HISTO)?PATHOLOG(?:IC(?:AL)?|Y)" \
+         r"|HISTOLOG(?:IC(?:AL)?|Y)|MICROSCOPIC|MORPHOLOGIC(?:AL)?"  # fmt: skip
+# Before "diagnosis": these words, also in small letters or broken over lines; and any others with a capital.
+_WHICH = (
+    rf"(?P<which>(?:(?i:{_KINDS})[\s/&-]+|(?:(?i:PRE|POST)-?\s?(?i:OP)\.|[A-Z][A-Za-z&/-]*)[ \t]+|(?:and|of|&)[ \t]+)"
+    r"{0,6})"
+)
+_DIAGNOSIS = rf"{_WHICH}(?i:DIAGNOS(?:IS\s?\(ES\)|[IE]S))"
 OTHERS = (
-    r"(?:PRE|POST)-?\s?OP(?:ERATIVE)?\.?\s+DIAGNOSIS", r"CLINICAL\s+(?:DIAGNOSIS|HISTORY|INFORMATION|DATA|DETAILS)",
-    r"FROZEN\s+SECTION\s+DIAGNOSIS", r"INTRAOPERATIVE\s+(?:DIAGNOSIS|CONSULTATION)", r"(?:PATIENT|BRIEF)\s+HISTORY",
-    r"GROSS\s+(?:DESCRIPTION|EXAMINATION|PATHOLOGY)", r"MACROSCOPIC\s+(?:DESCRIPTION|EXAMINATION)",
-    r"MICROSCOPIC\s+(?:DESCRIPTION|EXAMINATION|FINDINGS)", r"SPECIMENS?(?:\s*\(S\))?(?:\s+(?:SUBMITTED|RECEIVED))?",
-    r"(?:SYNOPTIC|CANCER)\s+(?:REPORT|DATA|SUMMARY)", r"COMMENTS?(?:\s*\(S\))?", r"NOTES?", r"ADDEND(?:UM|A)",
-    r"IMMUNOHISTOCHEMISTRY(?:\s+RESULTS)?", r"SPECIAL\s+(?:STAINS|PROCEDURES)", r"PROCEDURES?",
-    r"ELECTRONICALLY\s+SIGNED", r"HISTORY", r"SUMMARY\s+OF\s+SECTIONS", r"ICD-?\w*\s+CODES?", r"END\s+OF\s+REPORT",
+    r"CLINICAL\s+(?:DIAGNOSIS\s*(?:&|AND)\s*)?(?:HISTORY|INFORMATION|DATA|DETAILS)", r"(?:PATIENT|BRIEF)\s+HISTORY",
+    r"INTRAOPERATIVE\s+CONSULTATION", r"GROSS\s+(?:DESCRIPTION|EXAMINATION|PATHOLOGY)",
+    r"MACROSCOPIC\s+(?:DESCRIPTION|EXAMINATION)", r"MICROSCOPIC\s+(?:DESCRIPTION|EXAMINATION|FINDINGS)",
+    r"SPECIMENS?(?:\s*\(S\))?\s+(?:SUBMITTED|RECEIVED)", r"(?:SYNOPTIC|CANCER)\s+(?:REPORT|DATA|SUMMARY)",
+    r"COMMENTS?(?:\s*\(S\))?", r"NOTES?", r"ADDEND(?:UM|A)", r"IMMUNOHISTOCHEMISTRY(?:\s+RESULTS)?",
+    r"SPECIAL\s+(?:STAINS|PROCEDURES)", r"ELECTRONICALLY\s+SIGNED", r"SUMMARY\s+OF\s+SECTIONS", r"ICD-?\w*\s+CODES?",
+    r"END\s+OF\s+REPORT",
 )  # fmt: skip
+# Words that diagnoses are made of, too ("MASTECTOMY SPECIMEN: ..."): headings only where a line or sentence begins.
+_LOOSE = r"(?P<loose>SPECIMENS?(?:\s*\(S\))?|PROCEDURES?|HISTORY)"
 # A heading stands alone on its line, or ends in a colon; the colon of scanned reports may be apart from it.
-_HEADING = r"(?:(?<![A-Za-z])|(?<=\n))(?:{})(?:\s*\([A-Z ]{{3,30}}\))?[ \t]*(?::|(?=\r?\n)|$)"
-_STOP = re.compile(_HEADING.format("|".join((*OTHERS, *DIAGNOSIS))), re.IGNORECASE)
-_STARTS = [re.compile(_HEADING.format(pattern), re.IGNORECASE) for pattern in DIAGNOSIS]
-# Not the end of "1." before what it numbers, nor a point in a number; a colon or semicolon that ends a line does.
-_SENTENCE = re.compile(r"(?<=[.;:])(?<!\b\d[.])(?<!\b[A-Z][.])\s+(?=\S)")
+_HEADING = re.compile(
+    rf"(?<![A-Za-z])(?P<name>{_DIAGNOSIS}|(?i:{'|'.join(OTHERS)}|{_LOOSE}))"
+    rf"(?:\s{{0,9}}\([^()\n]{{2,60}}\))?[ \t]{{0,9}}"
+    r"(?P<colon>:|(?=[*_=-]*[ \t\r]{0,9}(?:\n|$)))"
+)
+_CAPITALISED = re.compile(r"(?:[A-Z][\w/&.()-]*|and|of|&)(?:\s+(?:[A-Z(][\w/&.()-]*|and|of|&))*")
+# What leads on to the words behind it, so that these are no heading: "see note".
+_LEADS_ON = re.compile(r"(?:\b(?:SEE|REFER\s+TO|PER)(?:\s+(?:ALSO|THE|ATTACHED|BELOW|ABOVE))?[\s\"'(]*|,\s*)$", re.I)
 
+# Guards against "non-invasive", in every way that it is written.
+_INVASIVE = r"(?<!non)(?<!non[\s-])(?<!non-\s)(?:invasive|infiltrating)"
+_NON_INVASIVE = r"non\s?-?\s?(?:invasive|infiltrating)"
+_GRADED = r"(?:,?\s+(?:well|moderately|poorly|differentiated|high|intermediate|low|grade|mammary))*,?\s+"
 # What says in which way tissue is diseased: entity -> how reports of the breast write it.
 ENTITIES = {
-    "DCIS": r"\bDCIS\b|(?:intra-?ductal|ductal)\s+carcinoma,?\s+in[\s-]*situ|intra-?ductal\s+carcinoma",
-    "LCIS": r"\bLCIS\b|lobular\s+(?:carcinoma,?\s+in[\s-]*situ|neoplasia)",
-    "IDC": r"\bIDC\b|(?:invasive|infiltrating)\s+(?:mammary\s+)?(?:duct(?:al)?|mammary)\s+(?:adeno)?carcinoma"
-    r"|duct(?:al)?\s+(?:adeno)?carcinoma,?\s+(?:invasive|infiltrating)",
-    "ILC": r"\bILC\b|(?:invasive|infiltrating)\s+lobular\s+carcinoma|lobular\s+carcinoma,?\s+(?:invasive|infiltrating)",
+    "DCIS": r"\bDCIS\b|\bintra-?ductal\s+carcinoma|\bduct(?:al)?\s+carcinoma,?[\s-]+in[\s-]*situ"
+    rf"|in[\s-]*situ\s+duct(?:al)?\s+carcinoma|{_NON_INVASIVE}\s+duct(?:al)?\s+carcinoma",
+    "LCIS": r"\bLCIS\b|lobular\s+(?:carcinoma,?[\s-]+in[\s-]*situ|neoplasia)|in[\s-]*situ\s+lobular\s+carcinoma"
+    rf"|{_NON_INVASIVE}\s+lobular\s+carcinoma",
+    "IDC": rf"\bIDC\b|{_INVASIVE}{_GRADED}duct(?:al)?\s+(?:adeno)?carcinoma(?!,?[\s-]+in[\s-]*situ)"
+    rf"|{_INVASIVE}\s+mammary\s+(?:adeno)?carcinoma|duct(?:al)?\s+(?:adeno)?carcinoma,?\s+(?:invasive|infiltrating)"
+    rf"|{_INVASIVE}\s+(?:breast\s+)?carcinoma,?\s+(?:\(?NST\b|(?:of\s+)?no\s+(?:special|specific)\s+type)",
+    "ILC": rf"\bILC\b|{_INVASIVE}{_GRADED}lobular\s+carcinoma(?!,?[\s-]+in[\s-]*situ)"
+    r"|lobular\s+carcinoma,?\s+(?:invasive|infiltrating)",
 }
 _ENTITIES = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in ENTITIES.items()}
+_ENTITY = re.compile("|".join(ENTITIES.values()), re.IGNORECASE)
 _TELLING = re.compile(
     "|".join(ENTITIES.values()) + r"|carcinoma|hyperplasia|\bducts?\b|\bductal\b|lobul(?:es?|ar)|comedo|necrosis"
     r"|cribriform|micropapillary|papillary|mucinous|medullary|tubular|metaplastic|fibroadenoma|sclerosing",
     re.IGNORECASE,
 )
-_DENIED = re.compile(r"\b(?:no|not|negative|without|free\s+of|absent|uninvolved|benign\s+lymph)\b", re.IGNORECASE)
 
 
 class NoDiagnosis(UnusableReport):
@@ -74,30 +97,35 @@ def diagnosis_section(text: str) -> str:
     """The diagnosis of a report, without its heading, up to the next heading. Raises `NoDiagnosis` when there is none.
 
     Headings end in a colon or stand on a line of their own; so scanned reports that have become one line work, too. Of
-    several the most final counts: FINAL DIAGNOSIS before PATHOLOGIC DIAGNOSIS before DIAGNOSIS. Clinical, pre-operative
-    and frozen-section diagnoses are none.
+    several the most final counts: FINAL DIAGNOSIS before PATHOLOGIC DIAGNOSIS before DIAGNOSIS. Clinical, operative,
+    frozen-section and provisional diagnoses are none.
     """
     headings = list(_headings(text))
-    for start in _STARTS:
-        for place, (begin, end) in enumerate(headings):
-            if start.fullmatch(text[begin:end].strip()):
-                stop = headings[place + 1][0] if place + 1 < len(headings) else len(text)
-                if section := text[end:stop].strip():
-                    return section
+    for kind in FINALITY:
+        for place, heading in enumerate(headings):
+            if not _is_diagnosis(heading, kind):
+                continue
+            # "PROCEDURE: ..." above the first disease is a line of the diagnosis.
+            stops = (
+                later.start("name")
+                for later in headings[place + 1 :]
+                if not later["loose"] or _TELLING.search(text, heading.end(), later.start())
+            )
+            if section := text[heading.end() : next(stops, len(text))].lstrip(" \t\r\n.*_=-").rstrip():
+                return section
     raise NoDiagnosis("no diagnosis section")
 
 
 def diagnosis_sentences(section: str) -> list[str]:
     """The sentences of a section that name a disease or a structure, bullets and repetitions left out, in order.
 
-    What a sentence denies ("negative for carcinoma") is left out too: no tile shows it. Raises `NoDiagnosis` for none.
+    What a sentence denies ("without invasion", "DCIS: absent") is cut out: no tile shows it. Raises `NoDiagnosis` for
+    none.
     """
     found: dict[str, str] = {}
-    for line in items(section):
-        for part in _SENTENCE.split(line):
-            sentence = " ".join(BULLET.sub("", part).split()).strip(" ;:-")
-            if _TELLING.search(sentence) and not _DENIED.search(sentence) and len(sentence.split()) > 1:
-                found.setdefault(sentence.rstrip(".").lower(), sentence)
+    for sentence in report_statements(section):
+        if _TELLING.search(sentence) and (len(sentence.split()) > 1 or _ENTITY.search(sentence)):
+            found.setdefault(sentence.rstrip(".").lower(), sentence)
     if not found:
         raise NoDiagnosis("a diagnosis section without a sentence that names a disease of the breast")
     return list(found.values())
@@ -108,15 +136,22 @@ def entities(sentences: Sequence[str]) -> list[str]:
     return [name for name, pattern in _ENTITIES.items() if any(pattern.search(sentence) for sentence in sentences)]
 
 
-def _headings(text: str) -> list[tuple[int, int]]:
-    """Where headings begin and end. In running text only capitals make one: "the diagnosis: ..." is a sentence."""
-    found = []
-    for match in _STOP.finditer(text):
-        word = match[0].rstrip(": \t")
-        own_line = not text[: match.start()].rpartition("\n")[2].strip()
-        if word.isupper() or own_line:
-            found.append((match.start(), match.end()))
-    return found
+def _is_diagnosis(heading: re.Match[str], kind: re.Pattern[str]) -> bool:
+    which = heading["which"]
+    return which is not None and not _NOT_FINAL.search(which) and kind.search(which) is not None
+
+
+def _headings(text: str) -> Iterator[re.Match[str]]:
+    """The headings of a text. Within a line they need capitals and a colon: "the diagnosis: ..." is a sentence."""
+    for match in _HEADING.finditer(text):
+        before = text[: match.start()]
+        if _LEADS_ON.search(before[-40:]):
+            continue
+        begins_line = not re.search(r"[A-Za-z]", before.rpartition("\n")[2])
+        begins_sentence = before.rstrip()[-1:] in (".", ":", ";", "!", "?", "")
+        capitals = _CAPITALISED.fullmatch(match["name"]) or (begins_sentence and match["name"][0].isupper())
+        if begins_line or (match["colon"] and capitals and (begins_sentence or not match["loose"])):
+            yield match
 
 
 def _pdf_text(path: Path) -> str:

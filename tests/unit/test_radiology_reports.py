@@ -101,6 +101,48 @@ def test_headings_of_organs_belong_to_the_findings() -> None:
     }
 
 
+def test_any_heading_below_the_findings_goes_on_with_them() -> None:
+    text = (
+        " FINDINGS:\n \n PULMONARY VASCULATURE:  Engorged.\n SPINE:  Old fracture of T8 seen.\n EFFUSION:  Large on "
+        "the right side.\n \n HEART:  It is large.\n \n DISPOSITION:  She was sent home.\n \n "
+        "IMPRESSION:  Pneumonia is seen.\n"
+    )
+    assert report_captions(text) == {
+        "findings": "PULMONARY VASCULATURE: Engorged. SPINE: Old fracture of T8 seen. EFFUSION: Large on the right "
+        "side. HEART: It is large.",
+        "impression": "Pneumonia is seen.",
+    }
+
+
+@pytest.mark.parametrize(
+    "heading", ["NOTIFICATION OF CRITICAL FINDINGS", "CLINICAL IMPRESSION", "WET READ", "RECOMMENDATION(S)"]
+)
+def test_headings_that_name_findings_but_hold_none(heading: str) -> None:
+    aside = f" {heading}:  Told at once by telephone.\n"
+    assert report_captions(f" FINDINGS:  The lungs are clear.\n{aside}") == {"findings": "The lungs are clear."}
+    with pytest.raises(UnusableReport, match="no findings or impression"):
+        report_captions(aside)
+
+
+def test_the_end_of_a_wrapped_sentence_is_no_bullet() -> None:
+    text = (
+        " FINDINGS:  A nodule could be better evaluated with\n CT.  Fracture of grade\n 2.  Heart size is normal.\n"
+        " IMPRESSION:  Compression fracture of\n L1.  No pneumothorax.\n"
+    )
+    assert report_captions(text) == {
+        "findings": "A nodule could be better evaluated with CT. Fracture of grade 2. Heart size is normal.",
+        "impression": "Compression fracture of L1. No pneumothorax.",
+    }
+
+
+@pytest.mark.parametrize("end", ["segment 6", "hepatitis B", "told to Dr", "seen by J. Smith", "the film of 12"])
+def test_packing_and_training_find_the_same_sentences(end: str) -> None:
+    section = f"1. A nodule, {end}.\n2. No pleural effusion.\n4. No fracture."
+    found = report_sentences(section)
+    assert sentences(report_captions(f" IMPRESSION: {section}")["impression"]) == found
+    assert " ".join(found) == f"A nodule, {end}. No pleural effusion. No fracture."
+
+
 def test_the_last_paragraph_stands_in() -> None:
     text = " FINAL REPORT\n HISTORY:  Cough.\n \n The lungs are clear.\n \n The heart is normal.\n"
     assert report_captions(text) == {"last_paragraph": "The lungs are clear. The heart is normal."}
@@ -156,4 +198,5 @@ def test_no_text_breaks_it(text: str) -> None:
         captions = report_captions(text)
     except UnusableReport:
         return
-    assert all(captions.values())
+    for name, caption in captions.items():
+        assert sentences(caption) == report_sentences(report_sections(text)[name])

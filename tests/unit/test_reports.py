@@ -1,8 +1,11 @@
 """Diagnosis sections of pathology reports: which heading counts, where it ends, which sentences tell something."""
 
+import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clipdist.prepare.reports import (
     NoDiagnosis,
@@ -135,6 +138,159 @@ def test_sentences_are_told_apart_joined_and_kept_once() -> None:
 )
 def test_entities(sentence: str, names: list[str]) -> None:
     assert entities([sentence]) == names
+
+
+def named(diagnosis: str) -> list[str]:
+    """The entities of a report with this final diagnosis; none where it tells nothing."""
+    try:
+        return entities(diagnosis_sentences(diagnosis_section(f"FINAL DIAGNOSIS:\n{diagnosis}\nCOMMENT:\nNone.")))
+    except NoDiagnosis:
+        return []
+
+
+@pytest.mark.parametrize(
+    ("sentence", "kept"),
+    [
+        ("Invasive ductal carcinoma, not otherwise specified, grade 3.", None),
+        ("INVASIVE CARCINOMA OF NO SPECIAL TYPE (DUCTAL), GRADE 3.", None),
+        ("Triple-negative invasive ductal carcinoma.", None),
+        ("DCIS cannot be excluded.", None),
+        ("INVASIVE DUCTAL CARCINOMA, 1.5 CM, WITHOUT LYMPHOVASCULAR INVASION.", "INVASIVE DUCTAL CARCINOMA, 1.5 CM"),
+        ("DUCTAL CARCINOMA IN SITU WITH NO NECROSIS", "DUCTAL CARCINOMA IN SITU"),
+        ("Invasive ductal carcinoma (DCIS not present), grade 3", "Invasive ductal carcinoma"),
+        ("Invasive ductal carcinoma, lymphovascular invasion is not identified.", "Invasive ductal carcinoma"),
+        ("No LCIS but DCIS is present.", "DCIS is present."),
+        ("Ductal carcinoma in situ: no lymphovascular invasion", "Ductal carcinoma in situ"),
+    ],
+)
+def test_only_what_is_denied_goes(sentence: str, kept: str | None) -> None:
+    assert diagnosis_sentences(sentence) == [(kept or sentence)]
+
+
+def test_each_line_of_a_list_is_judged_alone() -> None:
+    lines = ["INVASIVE DUCTAL CARCINOMA, GRADE 3", "DUCTAL CARCINOMA IN SITU", "MARGINS NEGATIVE FOR CARCINOMA", "LCIS"]
+    assert diagnosis_sentences("BREAST, LEFT, MASTECTOMY:\n " + "\n ".join(lines)) == [*lines[:2], "LCIS"]
+    wrapped = "INVASIVE DUCTAL CARCINOMA AND\nDUCTAL CARCINOMA IN SITU\nGRADE\n2. NO"
+    assert diagnosis_sentences(wrapped)[0] == "INVASIVE DUCTAL CARCINOMA AND DUCTAL CARCINOMA IN SITU"
+
+
+@pytest.mark.parametrize(
+    "denied",
+    [
+        "ABSENT: DUCTAL CARCINOMA IN SITU",
+        "DCIS, LCIS - NOT IDENTIFIED",
+        "NO EVIDENCE OF:\n1. DCIS\n2. LCIS",
+        "Ductal carcinoma in situ: Not identified.",
+        "Ductal carcinoma in situ: Absent",
+        "Ductal carcinoma in situ:\n  Not identified",
+        "DCIS - NOT IDENTIFIED",
+        "DCIS: No",
+        "DCIS: No DCIS is seen",
+        "DCIS: 0%",
+        "DUCTAL CARCINOMA IN SITU       ABSENT",
+        "DUCTAL CARCINOMA IN SITU\nIS NOT IDENTIFIED.",
+        "DUCTAL CARCINOMA, IN SITU, IS NOT IDENTIFIED.",
+        "NO EVIDENCE OF ATYPIA, DUCTAL CARCINOMA IN SITU, OR INVASIVE DUCTAL CARCINOMA.",
+        "NEGATIVE FOR INVASIVE AND\nIN SITU DUCTAL CARCINOMA",
+        "NO RESIDUAL\nINVASIVE DUCTAL CARCINOMA",
+        "NEGATIVE FOR:\n- DUCTAL CARCINOMA IN SITU",
+        "DCIS, LCIS AND LYMPHOVASCULAR INVASION ARE NOT IDENTIFIED.",
+        "MARGINS FREE OF DCIS.",
+        "Ductal carcinoma in situ: No Lymphovascular invasion: No",
+    ],
+)
+def test_a_denied_disease_is_no_label(denied: str) -> None:
+    assert named(denied) == []
+    assert named(f"INVASIVE LOBULAR CARCINOMA, GRADE 2.\n{denied}") == ["ILC"]
+
+
+@given(st.sampled_from(["DCIS", "Lobular carcinoma in situ", "INVASIVE DUCTAL CARCINOMA"]), st.data())
+def test_denials_in_any_wording(disease: str, data: st.DataObject) -> None:
+    after = [": {}", " - {}", " {}", " IS {}", "\n{}", ":\n{}", ": {} INVASION: PRESENT", " ({})"]
+    said = data.draw(st.sampled_from(after)).format(
+        data.draw(st.sampled_from(["NOT IDENTIFIED", "ABSENT", "negative"]))
+    )
+    before = data.draw(st.sampled_from(["No ", "NEGATIVE FOR ", "no evidence of ", "Without ", "SKIN, FREE OF "]))
+    lead = data.draw(st.sampled_from(["", "A. ", "- ", "Skin and nipple: ", "B) "]))
+    assert named(lead + disease + said) == []
+    assert named(lead + before + disease) == []
+    assert named(lead + disease) != []
+
+
+@pytest.mark.parametrize(
+    ("diagnosis", "names"),
+    [
+        ("A. LEFT BREAST: INVASIVE DUCTAL CARCINOMA, SEE NOTE\nB. RIGHT: INVASIVE LOBULAR CARCINOMA.", ["IDC", "ILC"]),
+        ("A. LEFT: INVASIVE DUCTAL CARCINOMA. SEE COMMENT\nB. RIGHT: INVASIVE LOBULAR CARCINOMA.", ["IDC", "ILC"]),
+        ("A. LEFT: INVASIVE DUCTAL CARCINOMA, SEE\nNOTE\nB. RIGHT: INVASIVE LOBULAR CARCINOMA.", ["IDC", "ILC"]),
+        ("A. LEFT BREAST, MASTECTOMY SPECIMEN:\nINVASIVE DUCTAL CARCINOMA.", ["IDC"]),
+        ("SPECIMEN: Left breast\nPROCEDURE: Mastectomy\nHISTOLOGIC TYPE: Invasive ductal carcinoma", ["IDC"]),
+        ("BREAST: DCIS\nPROCEDURE: excision of lobular carcinoma in situ", ["DCIS"]),
+    ],
+)
+def test_words_of_a_diagnosis_are_no_headings(diagnosis: str, names: list[str]) -> None:
+    assert named(diagnosis) == names
+
+
+@pytest.mark.parametrize(
+    "heading",
+    [
+        "FROZEN DIAGNOSIS", "Frozen Section Diagnosis", "PREOPERATIVE DIAGNOSES", "PRE-OP. DIAGNOSIS",
+        "PROVISIONAL DIAGNOSIS", "CLINICAL HISTORY AND DIAGNOSIS", "PRELIMINARY DIAGNOSIS", "ADMITTING DIAGNOSIS",
+        "INTRAOPERATIVE DIAGNOSIS", "CYTOLOGIC DIAGNOSIS",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("apart", ["\n", " "])
+def test_other_diagnoses_do_not_count(heading: str, apart: str) -> None:
+    text = f"{heading}:{apart}Suspicious for ductal carcinoma in situ.{apart}"
+    with pytest.raises(NoDiagnosis, match="no diagnosis section"):
+        diagnosis_section(text)
+    assert diagnosis_section(f"{text}DIAGNOSIS:{apart}Invasive lobular carcinoma.") == "Invasive lobular carcinoma."
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "Specimen: breast. Final Diagnosis: Breast, left: Invasive ductal carcinoma, grade 2. "
+            "Gross Description: 5 cm.",
+            ["Invasive ductal carcinoma, grade 2."],
+        ),
+        (
+            "DIAGNOSIS: BREAST - INVASIVE DUCTAL CARCINOMA, NOS TYPE. Gross Description: received fresh, ducts grossly "
+            "dilated with comedo necrosis. Summary of Sections: A1 duct margin",
+            ["INVASIVE DUCTAL CARCINOMA, NOS TYPE."],
+        ),
+        (
+            "Diagnosis:. A: Breast, excision:. - Ductal carcinoma in situ. B: Margin:. - Negative for carcinoma.",
+            ["Ductal carcinoma in situ."],
+        ),
+    ],
+)
+def test_one_line_with_headings_in_mixed_case(text: str, expected: list[str]) -> None:
+    assert diagnosis_sentences(diagnosis_section(text)) == expected
+
+
+@pytest.mark.parametrize(
+    ("sentence", "names"),
+    [
+        ("Non-invasive ductal carcinoma, cribriform type", ["DCIS"]),
+        ("NONINVASIVE LOBULAR CARCINOMA", ["LCIS"]),
+        ("Invasive, poorly differentiated ductal carcinoma", ["IDC"]),
+        ("Invasive carcinoma of no special type", ["IDC"]),
+        ("Infiltrating duct carcinoma in situ", ["DCIS"]),
+    ],
+)
+def test_how_diseases_are_written(sentence: str, names: list[str]) -> None:
+    assert entities([sentence]) == names
+
+
+@pytest.mark.parametrize("text", ["INVASIVE DUCTAL AND ", "DIAGNOSIS ", "no not , (", " ", "A. 1. "])
+def test_long_texts_take_no_time(text: str) -> None:
+    began = time.process_time()
+    for start in ("FINAL DIAGNOSIS: DCIS ", "FINAL DIAGNOSIS"):
+        named(start + text * 2000 + "x")
+    assert time.process_time() - began < 5
 
 
 def test_text_files_of_either_coding(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from clipdist.cli import run_script
+from clipdist.data.sets.duplicates import check_bits
 from clipdist.data.sets.pack import pack_pairs
 from clipdist.data.sets.pack_command import add_packing_arguments, packing_options, parse_fractions
 from clipdist.data.sets.writer import check_free
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     options, fractions = packing_options(args), parse_fractions(args.split)
+    check_bits(args.bits)
     check_free(args.out, args.overwrite)
     if args.phantom is not None:
         write_landmarks_layout(args.raw, args.phantom)

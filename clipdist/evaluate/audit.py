@@ -5,6 +5,7 @@ space that lie in several splits. The rest is told, not judged.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +18,12 @@ from clipdist.data.images.quality import QualityLimits
 from clipdist.data.sets.duplicates import (
     CANDIDATE_BITS,
     Duplicates,
+    check_bits,
     cosine_pairs,
     find_duplicates,
     groups_of_equal,
 )
 from clipdist.data.sets.survey import Survey
-from clipdist.data.shards import ShardSet
 from clipdist.errors import UserError
 from clipdist.evaluate.audit_captions import caption_figures, tokenizer_figures
 from clipdist.prepare.units import joined_units
@@ -46,8 +47,7 @@ class AuditOptions:
     vocabulary: int = 8000
 
     def __post_init__(self) -> None:
-        if not 0 <= self.bits <= 16:
-            raise UserError(f"--bits: found {self.bits}, expected 0 to 16")
+        check_bits(self.bits)
         if not 0 < self.cosine <= 1:
             raise UserError(f"--cosine: found {self.cosine}, expected above 0 and at most 1")
 
@@ -82,10 +82,7 @@ def audit_survey(survey: Survey, options: AuditOptions | None = None, features: 
         "set": str(survey.folder),
         "samples": len(survey.rows),
         "splits": _per_split(survey, np.ones(len(survey.rows), bool)),
-        "unreadable": {
-            "count": len(survey.bad),
-            "listed": [_place(survey, row) | {"reason": why} for row, why in list(survey.bad.items())[:LISTED]],
-        },
+        "unreadable": _unreadable(survey),
         "leaks": {"units": _units(survey), "same": _same(survey), "near": _near(survey, duplicates)},
         "captions": caption_figures(survey),
         "classes": _classes(survey, options.label),
@@ -103,16 +100,33 @@ def audit_survey(survey: Survey, options: AuditOptions | None = None, features: 
 
 def features_from(survey: Survey, path: Path) -> Features:
     """Features that were computed elsewhere: an `.npz` with `keys`, strings, and `image_features`, float [F, D]."""
+    expected = "expected an .npz of `keys`, strings, and `image_features`, [N, D]"
     try:
-        with np.load(path, allow_pickle=False) as held:
-            keys, vectors = held["keys"].tolist(), np.asarray(held["image_features"], np.float32)
-    except (OSError, ValueError, KeyError) as error:
+        held = np.load(path, allow_pickle=False)
+        if not isinstance(held, np.lib.npyio.NpzFile):
+            raise UserError(f"--embeddings {path}: found one array of shape {held.shape}; {expected}")
+        with held:
+            names, vectors = held["keys"], np.asarray(held["image_features"], np.float32)
+    except UserError:
+        raise
+    except Exception as error:  # cut short, damaged, or of another program: NumPy and zipfile raise many kinds
+        raise UserError(f"--embeddings {path}: {error}; {expected}") from None
+    if names.ndim != 1 or names.dtype.kind != "U" or vectors.ndim != 2 or len(names) != len(vectors):
         raise UserError(
-            f"--embeddings {path}: {error}; expected an .npz of `keys`, strings, and `image_features`, [N, D]"
-        ) from None
-    if vectors.ndim != 2 or len(keys) != len(vectors):
-        raise UserError(f"--embeddings {path}: {len(keys)} keys and image_features of shape {vectors.shape}")
-    row_of = {survey.rows.key(row): row for row in range(len(survey.rows))}
+            f"--embeddings {path}: found `keys` of shape {names.shape}, {names.dtype}, and `image_features` of shape "
+            f"{vectors.shape}; {expected}"
+        )
+    keys = names.tolist()
+    if twice := [key for key, times in Counter(keys).items() if times > 1]:
+        raise UserError(
+            f"--embeddings {path}: {len(twice):,} keys, such as {twice[0]!r}, come more than once; expected each once"
+        )
+    if len(wrong := np.flatnonzero(~np.isfinite(vectors).all(1))):
+        raise UserError(
+            f"--embeddings {path}: {len(wrong):,} of {len(keys):,} features, such as that of {keys[wrong[0]]!r}, are "
+            f"not finite numbers; compute them again"
+        )
+    row_of = {survey.rows.key(row): row for row in np.flatnonzero(survey.rows.whole).tolist()}
     known = [place for place, key in enumerate(keys) if key in row_of]
     if not known:
         raise UserError(f"--embeddings {path}: none of its keys, such as {keys[:1]}, is one of {survey.folder}")
@@ -126,17 +140,30 @@ def features_of(survey: Survey, model: Path, *, workers: int = 0, device: str | 
     from clipdist.evaluate.embed import embed_split
     from clipdist.model.saved import load_dual_encoder
 
-    saved, shard_set = load_dual_encoder(model, device), ShardSet.open(survey.folder)
+    saved = load_dual_encoder(model, device)
     rows, vectors = [], []
-    for number, name in enumerate(survey.rows.splits):
-        found = embed_split(saved.model, saved.tokenizer, shard_set.split(name), workers=workers)
-        rows.append(np.flatnonzero(survey.rows.split_of == number)[found.numbers_N])
+    for name in survey.rows.splits:
+        split, own = survey.readable(name)
+        if not len(own):
+            continue
+        found = embed_split(saved.model, saved.tokenizer, split, workers=workers)
+        rows.append(own[found.numbers_N])
         vectors.append(found.image_features_ND)
+    if not rows:
+        raise UserError(f"{survey.folder}: --model: no shard can be opened; run: clipdist verify {survey.folder}")
     return Features(np.concatenate(rows), np.concatenate(vectors), str(model))
 
 
 def _place(survey: Survey, row: int) -> dict[str, Any]:
     return {"row": int(row), "split": survey.rows.split(row), "key": survey.rows.key(row)}
+
+
+def _unreadable(survey: Survey) -> dict[str, Any]:
+    """Samples that cannot be read; those of `shards` that cannot be opened are told together, and listed last."""
+    samples = Counter(survey.rows.file(row) for row in np.flatnonzero(~survey.rows.whole).tolist())
+    shards = [{"shard": file, "samples": samples[file], "reason": why} for file, why in survey.rows.damaged.items()]
+    listed = [_place(survey, row) | {"reason": why} for row, why in list(survey.bad.items())[:LISTED]]
+    return {"count": len(survey.bad), "shards": shards, "listed": listed}
 
 
 def _per_split(survey: Survey, chosen: np.ndarray) -> dict[str, int]:
@@ -236,11 +263,10 @@ def _embedding(survey: Survey, features: Features, cosine: float) -> dict[str, A
 
 def _classes(survey: Survey, label: str) -> dict[str, Any]:
     """Samples of each class per split; imbalance is the largest class by the smallest."""
-    shard_set = ShardSet.open(survey.folder)
     splits: dict[str, Any] = {}
     counts: dict[str, dict[str, int]] = {}
     for name in survey.rows.splits:
-        values = field_values(shard_set.split(name), label)
+        values = field_values(survey.readable(name)[0], label)
         found = values.counts()
         for value, count in found.items():
             counts.setdefault(value, dict.fromkeys(survey.rows.splits, 0))[name] = count

@@ -27,10 +27,11 @@ def caption_figures(survey: Survey) -> dict[str, Any]:
         own = split_of_M == number
         distinct[name], first, counts = np.unique(text[own], return_index=True, return_counts=True)
         rows = survey.rows.split_of == number
+        known = rows & survey.rows.whole
         words = survey.captions["words"][own]
         figures["splits"][name] = {
             "samples": int(rows.sum()),
-            "without": int((survey.samples["captions"][rows] == 0).sum()),
+            "without": int((survey.samples["captions"][known] == 0).sum()),
             "captions": int(own.sum()),
             "distinct": len(counts),
             "duplicates": round(1 - len(counts) / max(1, int(own.sum())), 4),

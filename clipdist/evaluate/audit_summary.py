@@ -13,14 +13,25 @@ def summary(audit: Audit) -> str:
     body = audit.body
     splits = ", ".join(f"{name} {count:,}" for name, count in body["splits"].items())
     lines = [f"{body['set']}: {body['samples']:,} samples ({splits})"]
-    if body["unreadable"]["count"]:
-        lines.append(f"unreadable: {body['unreadable']['count']:,} (clipdist verify tells more)")
-        lines += [f"    {one['split']}: {one['key']}: {one['reason']}" for one in body["unreadable"]["listed"][:SHOWN]]
+    lines += _unreadable(body["unreadable"])
     lines += [*_leaks(body["leaks"]), *_twice(body["leaks"]), *_captions(body["captions"])]
     lines += [*_classes(body["classes"]), *_quality(body["quality"]), *_sizes(body["sizes"])]
     lines += list(_tokenizers(body.get("tokenizers", [])))
-    lines.append("splits leak: see above" if audit.leaks else "splits are apart: no unit and no picture lies in two")
+    apart = "splits are apart: no unit and no picture lies in two"
+    apart += ", of those that can be read" if body["unreadable"]["count"] else ""
+    lines.append("splits leak: see above" if audit.leaks else apart)
     return "\n".join(lines)
+
+
+def _unreadable(found: dict[str, Any]) -> Iterator[str]:
+    """Shards that cannot be opened, each in a line, then single samples, which are listed before those of shards."""
+    if found["count"]:
+        yield f"unreadable: {found['count']:,} (clipdist verify tells more)"
+    for one in found["shards"][:SHOWN]:
+        yield f"    {one['shard']}: all {one['samples']:,}: {one['reason']}"
+    single = found["count"] - sum(one["samples"] for one in found["shards"])
+    for one in found["listed"][: min(SHOWN, single)]:
+        yield f"    {one['split']}: {one['key']}: {one['reason']}"
 
 
 def _leaks(leaks: dict[str, Any]) -> Iterator[str]:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipdist.data.sets.divide import LARGE_UNIT
+from clipdist.data.sets.duplicates import cut_short_warning
 from clipdist.data.sets.pack import Pair, Rejected
 from clipdist.errors import UserError
 from clipdist.prepare.landmarks import LandmarkPairs
@@ -42,6 +43,7 @@ class DividedLandmarks:
             + (f"{features['pairs']:,} by features" if features else "features not compared (--embed)")
             + f"; {near['images_in_shared_units']:,} images share a unit, the largest unit has {near['largest_unit']:,}"
         ]
+        lines += cut_short_warning(near["cut_short"])
         total = sum(map(len, self.splits.values()))
         if near["largest_unit"] > max(1, LARGE_UNIT * total):
             lines.append(f"warning: one unit holds {near['largest_unit'] / total:.1%} of all images; raise --cosine")
@@ -61,10 +63,12 @@ def divide_landmarks(
     `min_images`, as `found` has it, left out: the first value returned is `found` without them. A pair's field `unit`
     is the key of the first image of its near-duplicates.
     """
+    # Joined before anything is dropped: two pictures that are kept may be linked by one that is not.
+    units = joined_units(None, near.pairs_P2, len(found.pairs))
     found, kept = _readable(found, near.unreadable)
     near, pairs = near.among(kept), found.pairs
     labels = [pair.fields["label"] for pair in pairs]
-    units = joined_units(None, near.pairs_P2, len(pairs))
+    units = joined_units(units[kept], np.zeros((0, 2), np.int64))
     largest = max(fractions, key=lambda name: fractions[name])
     splits, moved = every_label_in(split_by(labels, units, fractions, seed), labels, units.tolist(), largest)
     _, first = np.unique(units, return_index=True)

@@ -3,6 +3,7 @@
 An id of 16 hexadecimal digits is held as the number that it writes, uint64, so that millions are joined by sorting.
 """
 
+import csv
 import re
 import unicodedata
 from collections import Counter
@@ -103,11 +104,9 @@ def read_train(path: Path, wanted_W: Ids, *, others: bool = False) -> TrainTable
         numeric = pc.match_substring_regex(numbers, LANDMARK).to_numpy(zero_copy_only=False)
         good = sound & numeric
         for place in np.flatnonzero(~good).tolist():
-            name = str(batch["id"][place].as_py() or "")[:40]
-            what = f"landmark_id {numbers[place].as_py()!r}, expected a number"
-            if not sound[place]:
-                what = f"id {name!r}, expected {ID_DIGITS} hexadecimal digits"
-            rejected.append(Rejected(int(rows[place]), name, "", what))
+            row, what = int(rows[place]), f"landmark_id {numbers[place].as_py()!r}, expected a number"
+            named = Rejected(row, str(batch["id"][place]), "", what)
+            rejected.append(named if sound[place] else _no_id(row, batch["id"][place]))
         count += int(good.sum())
         if len(rejected) > max(MANY_FAULTS, count):
             raise UserError(
@@ -185,18 +184,25 @@ def read_clean(path: Path) -> tuple[Ids, npt.NDArray[np.int64]]:
     return all_ids[order], np.concatenate(landmarks)[order]
 
 
-def read_attribution(path: Path, wanted_W: Ids) -> dict[int, dict[str, str]]:
-    """id -> `author` and `license`, as far as they are told, of train_attribution.csv's rows of `wanted_W`, ascending;
-    of several rows the first."""
+def read_attribution(path: Path, wanted_W: Ids) -> tuple[dict[int, dict[str, str]], list[Rejected]]:
+    """(id -> `author` and `license`, as far as they are told, of train_attribution.csv's rows of `wanted_W`, ascending,
+    of several rows the first; rows with another number of cells, or an id that is none)."""
     found: dict[int, dict[str, str]] = {}
     rejected: list[Rejected] = []
-    for _, batch in _blocks(path, ("id", "author", "license"), rejected):
+    for rows, batch in _blocks(path, ("id", "author", "license"), rejected):
         ids, sound = ids_of(batch["id"])
+        for place in np.flatnonzero(~sound).tolist():
+            rejected.append(_no_id(int(rows[place]), batch["id"][place]))
         own = np.flatnonzero(sound & (places_in(ids, wanted_W) >= 0))
         told = batch.take(pa.array(own)).select(["author", "license"]).to_pylist()
         for number, one in zip(ids[own].tolist(), told, strict=True):
             found.setdefault(number, {name: value for name, value in one.items() if value})
-    return found
+    return found, rejected
+
+
+def _no_id(row: int, cell: pa.Scalar) -> Rejected:
+    name = str(cell.as_py() or "")[:40]
+    return Rejected(row, name, "", f"id {name!r}, expected {ID_DIGITS} hexadecimal digits")
 
 
 def read_names(path: Path) -> tuple[dict[int, str], dict[int, str], list[Rejected]]:
@@ -256,9 +262,7 @@ def _blocks(
     go to `rejected`."""
     if not path.is_file():
         raise UserError(f"{path}: there is no such table")
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        header = [name.strip().strip('"') for name in file.readline().split(",")]
-    check_columns(pd.DataFrame(columns=header), columns, str(path))
+    _check_header(path, columns)
     faulty: list[int] = []
 
     def note(row: pa.csv.InvalidRow) -> str:
@@ -288,3 +292,16 @@ def _blocks(
             sound += len(batch)
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: unreadable table ({' '.join(str(error).split())[:200]}); fetch it again") from None
+
+
+def _check_header(path: Path, columns: Sequence[str]) -> None:
+    """The names are compared as they are written, spaces included, since that is how the reader knows its columns."""
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        try:
+            header = next(csv.reader([file.readline()]), [])
+        except csv.Error as error:
+            raise UserError(f"{path}: unreadable header ({error}); fetch it again") from None
+    check_columns(pd.DataFrame(columns=header), columns, str(path))
+    for name in columns:
+        if header.count(name) > 1:
+            raise UserError(f"{path}: the column {name!r} comes {header.count(name)} times, expected once")

@@ -126,15 +126,14 @@ def read_landmarks(
     kept = np.unique(columns.landmarks).tolist()
     if unnamed := _name_the_rest(names, kept):
         said.append(f"{NAMES} names no category of {unnamed:,} landmarks: their labels are their numbers")
-    if not has_table(raw, ATTRIBUTION):
-        said.append(f"{ATTRIBUTION} is not there: samples carry no author and no licence")
-    told = read_attribution(find_table(raw, ATTRIBUTION), np.sort(columns.ids)) if has_table(raw, ATTRIBUTION) else {}
+    told, attribution = _attributions(raw, columns.ids, said)
     notes = {
         "tars": {"count": len(images.tars), "images": len(images.ids_N), "md5": images.checked},
         "rows": {"all": table.rows, "absent": 0 if images.complete else table.absent},
         "clean": clean,
         "min_images": min_images,
         "landmarks": {"seen": seen, "kept": len(kept)},
+        "attribution": attribution,
         "templates": list(templates),
         "said": said,
     }
@@ -147,6 +146,21 @@ def read_landmarks(
         notes,
         {name: checksum_file(find_table(raw, name)) for name in used},
     )
+
+
+def _attributions(raw: Path, ids: Ids, said: list[str]) -> tuple[dict[int, dict[str, str]], dict[str, int] | None]:
+    """(author and licence of each of the images `ids`, as far as they are told; how many are not told, for the notes,
+    None without a table). Images without either are used: they are counted, not rejected."""
+    if not has_table(raw, ATTRIBUTION):
+        said.append(f"{ATTRIBUTION} is not there: samples carry no author and no licence")
+        return {}, None
+    told, faulty = read_attribution(find_table(raw, ATTRIBUTION), np.sort(ids))
+    author, license = (len(ids) - sum(name in one for one in told.values()) for name in ("author", "license"))
+    if author or license:
+        said.append(f"{ATTRIBUTION}: {author:,} of {len(ids):,} images carry no author, {license:,} no licence")
+    if faulty:
+        said.append(f"{ATTRIBUTION}: {len(faulty):,} rows cannot be read, such as {faulty[0]}")
+    return told, {"without_author": author, "without_license": license, "faulty_rows": len(faulty)}
 
 
 def has_table(raw: Path, name: str) -> bool:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clipdist.data.sets.duplicates import CANDIDATE_BITS, cosine_pairs, find_duplicates
+from clipdist.data.sets.duplicates import CANDIDATE_BITS, check_bits, cosine_pairs, find_duplicates
 from clipdist.data.sets.recode import ImageSource
 from clipdist.data.sets.survey import MAX_IMAGE_PIXELS
 from clipdist.errors import UserError
-from clipdist.prepare.units import looks_of
+from clipdist.prepare.units import joined_units, looks_of
 
 if TYPE_CHECKING:
     from clipdist.prepare.embedding import ImageEmbedder
@@ -37,11 +37,24 @@ class NearDuplicates:
         return HOW[int(self.how_P[place])]
 
     def among(self, kept_K: np.ndarray) -> "NearDuplicates":
-        """The pairs of which both rows are in `kept_K`, ascending; rows are then places in it."""
-        places = np.searchsorted(kept_K, self.pairs_P2)
-        inside = np.append(kept_K, -1)[places] == self.pairs_P2
-        held = inside.all(1)
-        return NearDuplicates(places[held], self.how_P[held], self.scores_P[held], {}, self.notes)
+        """The pairs of which both rows are in `kept_K`, ascending; rows are then places in it.
+
+        A search names the first of equal bytes for all of them. Where that one is not kept, the first kept one with its
+        bytes takes its part, so that the pairs are those of a search among the kept alone.
+        """
+        count = max(int(self.pairs_P2.max(initial=-1)), int(kept_K.max(initial=-1))) + 1
+        equal = joined_units(None, self.pairs_P2[self.how_P == HOW.index("bytes")], count)
+        first_of = np.full(count, -1)
+        groups, places_in_kept = np.unique(equal[kept_K], return_index=True)
+        first_of[groups] = places_in_kept
+        place_of = first_of[equal]
+        place_of[kept_K] = np.arange(len(kept_K))
+        places = np.sort(place_of[self.pairs_P2], axis=1)
+        rows = np.flatnonzero((places[:, 0] >= 0) & (places[:, 0] != places[:, 1]))
+        rows = rows[np.argsort(self.how_P[rows], kind="stable")]  # of a pair that comes twice, how it was found first
+        _, once = np.unique(places[rows, 0] * count + places[rows, 1], return_index=True)
+        rows = rows[once]
+        return NearDuplicates(places[rows], self.how_P[rows], self.scores_P[rows], {}, self.notes)
 
 
 def near_duplicates(
@@ -57,8 +70,9 @@ def near_duplicates(
     """All pairs of equal bytes, all whose looks `find_duplicates` confirms, and with an `embedder` all whose features
     have at least this `cosine`: N · (1,168 + 4 · width) bytes of memory, N² · width operations for the features.
 
-    Raises `UserError` for a cosine that is none.
+    Raises `UserError` for a cosine that is none, and as `check_bits` does.
     """
+    check_bits(bits)
     if embedder is not None and not 0 < cosine <= 1:
         raise UserError(f"--cosine: found {cosine}, expected more than 0 and at most 1")
     seen = looks_of(images, workers=workers, max_pixels=max_pixels, quiet=quiet)

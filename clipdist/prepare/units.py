@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from clipdist.data.images.looks import LOOK, look_of
-from clipdist.data.sets.duplicates import CANDIDATE_BITS, Duplicates, find_duplicates, hashed
+from clipdist.data.sets.duplicates import CANDIDATE_BITS, Duplicates, check_bits, find_duplicates, hashed
 from clipdist.data.sets.pack import available_cores, in_order
 from clipdist.data.sets.recode import ImageSource
 from clipdist.data.sets.survey import MAX_IMAGE_PIXELS, see
@@ -87,6 +87,7 @@ def duplicates_of(
 ) -> Duplicates:
     """What these image files, or bytes, show twice; see `find_duplicates`. Those that cannot be read are like nothing:
     packing names them. `workers` as in `looks_of`."""
+    check_bits(bits)  # before anything is decoded
     found = looks_of(images, workers=workers, max_pixels=max_pixels, quiet=quiet)
     return find_duplicates(found.digests_N, found.looks_N, bits)
 

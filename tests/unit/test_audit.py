@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,110 @@ def test_what_cannot_be_is_refused(
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_embeddings_that_cannot_be_are_one_line(
+    planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ones = np.eye(2, 4, dtype=np.float32)
+    np.save(tmp_path / "array.npy", ones)
+    np.savez(tmp_path / "whole.npz", keys=["train/1", "train/2"], image_features=ones)
+    data = (tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(data[: len(data) // 2])
+    (tmp_path / "damaged.npz").write_bytes(data.replace(ones.tobytes(), ones[::-1].tobytes()))
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "names.npz").write_bytes(b"PK\x05\x06" + bytes(18))
+    np.savez(tmp_path / "twice.npz", keys=["train/1", "train/2", "train/1"], image_features=np.eye(3))
+    np.savez(tmp_path / "nan.npz", keys=["train/1", "train/2"], image_features=ones * np.nan)
+    np.savez(tmp_path / "numbers.npz", keys=[1, 2], image_features=ones)
+    np.savez(tmp_path / "single.npz", keys="train/1", image_features=ones[:1])
+    expected = "expected an .npz of `keys`, strings, and `image_features`"
+    for name, message in {
+        "array.npy": expected,
+        "cut.npz": expected,
+        "damaged.npz": expected,
+        "empty.npz": expected,
+        "names.npz": expected,
+        "numbers.npz": expected,
+        "single.npz": expected,
+        "twice.npz": "1 keys, such as 'train/1', come more than once; expected each once",
+        "nan.npz": "2 of 2 features, such as that of 'train/1', are not finite",
+    }.items():
+        capsys.readouterr()
+        assert main(["audit", str(planted), "--embeddings", str(tmp_path / name), "--workers", "1"]) == 2, name
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert told.startswith(f"clipdist: error: --embeddings {tmp_path / name}: ")
+        assert message in told
+
+
+# Damage
+
+
+@pytest.mark.parametrize("damage", ["tar missing", "index missing", "tar cut", "index cut", "other count"])
+def test_a_shard_that_cannot_be_opened_does_not_stop_an_audit(
+    planted: Path,
+    tmp_path: Path,
+    damage: str,
+    audited: Audited,
+    capsys: pytest.CaptureFixture[str],
+    trained_run: TrainedRun,
+) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(planted, folder, ignore=shutil.ignore_patterns(".audit"))
+    tar = folder / "train-000001.tar"
+    index = tar.with_suffix(".idx")
+    if "missing" in damage:
+        (tar if damage == "tar missing" else index).unlink()
+    elif "cut" in damage:
+        path = tar if damage == "tar cut" else index
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        text = (folder / "manifest.json").read_text(encoding="utf-8")
+        assert text.count('"train-000001.tar", "samples": 12') == 1
+        (folder / "manifest.json").write_text(
+            text.replace('"train-000001.tar", "samples": 12', '"train-000001.tar", "samples": 13')
+        )
+    lost = 13 if damage == "other count" else 12
+    for _ in range(2):  # the second time from what was kept
+        code, found = audited(folder)
+        assert code == 1
+        assert found["samples"] == 43 + lost - 12
+        assert found["unreadable"]["count"] == lost + 1
+        (shard,) = found["unreadable"]["shards"]
+        assert (shard["shard"], shard["samples"]) == ("train-000001.tar", lost)
+        listed = [one["key"] for one in found["unreadable"]["listed"]]
+        assert listed == ["broken", *(f"train-000001.tar, sample {n}" for n in range(1, lost + 1))]
+    # What the other shards hold is told as before; samples that cannot be read are not without captions.
+    assert found["captions"]["splits"]["train"]["without"] == 0
+    assert sum(found["classes"]["counts"]["common"].values()) == 37 - 12
+    assert keys(found["leaks"]["same"]) == {frozenset({"train/4", "copy/same bytes"})}
+    np.savez(tmp_path / "f.npz", keys=["train/1", "test/3"], image_features=np.ones((2, 3)))
+    _, found = audited(folder, "--embeddings", str(tmp_path / "f.npz"))
+    assert found["leaks"]["embedding"]["pairs"] == 1
+    if damage == "tar cut":
+        _, found = audited(folder, "--model", str(trained_run.folder / "model"), "--device", "cpu")
+        assert found["leaks"]["embedding"]["pictures"] == 30
+        page = str(tmp_path / "page.html")
+        assert main(["audit", str(folder), "--workers", "1", "--report", page, "--tokenizer", "captions"]) == 1
+        printed = capsys.readouterr().out
+        assert "unreadable: 13 (clipdist verify tells more)" in printed
+        assert re.search(r"\n    train-000001.tar: all 12: .*: found \d+ bytes where its index expects", printed)
+        assert "train-000001.tar" in Path(page).read_text(encoding="utf-8")
+
+
+def test_a_division_leaves_out_the_whole_of_a_shard_that_cannot_be_opened(
+    planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(planted, tmp_path / "set", ignore=shutil.ignore_patterns(".audit"))
+    (tmp_path / "set" / "train-000001.tar").unlink()
+    words = ["split", str(tmp_path / "set"), "--fractions", "train=0.6", "test=0.4", "--workers", "1"]
+    assert main([*words, "--out", str(tmp_path / "a.csv")]) == 0
+    assert "left out: 13 samples that cannot be read" in capsys.readouterr().out
+    with open(tmp_path / "a.csv", newline="", encoding="utf-8") as file:
+        named = {row["key"] for row in csv.DictReader(file)}
+    held = ShardSet.open(planted)
+    whole = [held.split(name).key(n) for name in ("train", "test") for n in range(len(held.split(name)))]
+    assert named == {*whole[:12], *whole[24:]} - {"broken"}
+
+
 # Tokenizers
 
 
@@ -289,6 +394,35 @@ def test_without_duplicates_units_alone_count(planted: Path, tmp_path: Path) -> 
         units = {row["key"]: row["unit"] for row in csv.DictReader(file)}
     assert units["train/2"] != units["copy/cropped"]
     assert units["train/7"] == units["test/0"]
+
+
+def test_a_division_tells_of_a_search_that_was_cut_short(
+    planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["split", str(planted), "--fractions", "train=0.6", "test=0.4", "--seed", "3", "--workers", "1"]
+    assert main([*words, "--repack", str(tmp_path / "whole")]) == 0
+    assert "not all pairs were compared" not in capsys.readouterr().out
+    told = {"fractions": {"train": 0.6, "test": 0.4}, "stratify_by": "label", "seed": 3}
+    notes = ShardSet.open(tmp_path / "whole").manifest.notes["division"]
+    assert notes == {**told, "duplicates_joined": 6, "cut_short": 0}
+    monkeypatch.setattr("clipdist.data.sets.duplicates.MOST_NEIGHBOURS", 0)
+    assert main([*words, "--repack", str(tmp_path / "cut")]) == 0
+    (count,) = re.findall(
+        r"warning: (\d+) pictures look like so many others that not all pairs were compared", capsys.readouterr().out
+    )
+    assert ShardSet.open(tmp_path / "cut").manifest.notes["division"]["cut_short"] == int(count) > 0
+    assert main([*words, "--repack", str(tmp_path / "units"), "--no-duplicates"]) == 0
+    assert ShardSet.open(tmp_path / "units").manifest.notes["division"] == {**told, "duplicates_joined": None}
+
+
+@pytest.mark.parametrize("bits", ["-1", "17"])
+def test_a_division_refuses_bits_that_find_nothing(
+    planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: str
+) -> None:
+    words = ["split", str(planted), "--fractions", "train=0.6", "test=0.4", "--out", str(tmp_path / "a.csv")]
+    assert main([*words, "--bits", bits]) == 2
+    assert f"--bits: found {bits}, expected 0 to 16" in capsys.readouterr().err
+    assert not (tmp_path / "a.csv").exists()
 
 
 def test_a_division_needs_somewhere_to_go(planted: Path, capsys: pytest.CaptureFixture[str]) -> None:

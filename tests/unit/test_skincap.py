@@ -1,5 +1,6 @@
 """SkinCAP's layout: which table, which rows are left out, which image a path means, and the two recipes."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from clipdist.cli import main
 from clipdist.data.shards import ShardSet, checksum_file
 from clipdist.errors import UserError
 from clipdist.prepare.skincap import SkincapPairs, read_skincap
-from tests.unit.pictures import encoded, picture
+from tests.unit.pictures import encoded, photograph, picture
 
 ROOT = Path(__file__).parents[2]
 CSV, XLSX = "skincap_v240623.csv", "skincap_v240715.xlsx"
@@ -153,6 +154,60 @@ def test_the_recipe_packs_and_says_what_it_chose(tmp_path: Path, capsys: pytest.
     sample = packed.split("val").read(0)
     assert sample.extension == "jpg"
     assert sample.fields["label"] == table["disease"][int(sample.key) - 1]
+
+
+def write_copies(raw: Path) -> None:
+    """The layout with 15 photographs, each a second time at another size under a path of its own."""
+    table = write_layout(raw).assign(**{"Do not consider this image": "0"})
+    table.to_csv(raw / CSV, index=False, encoding="utf-8-sig")
+    for number in range(1, 16):
+        image = photograph(120, 90, number)
+        (raw / "skincap" / f"{number}.png").write_bytes(encoded(image))
+        (raw / "skincap" / f"{number + 15}.png").write_bytes(encoded(image.resize((100, 75))))
+
+
+def split_by_key(folder: Path) -> dict[str, str]:
+    packed = ShardSet.open(folder)
+    return {packed.split(name).key(n): name for name in packed.manifest.splits for n in range(len(packed.split(name)))}
+
+
+def test_the_same_photograph_under_two_names_is_in_one_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_copies(tmp_path / "raw")
+    words = (tmp_path / "raw", "--side", 32, "--workers", 0, "--split", "train=0.6", "val=0.4")
+    recipe("skincap.py", *words, "--out", tmp_path / "out")
+    assert "the same picture again: 15 times; kept together" in capsys.readouterr().out
+    where = split_by_key(tmp_path / "out")
+    assert [number for number in range(1, 16) if where[str(number)] != where[str(number + 15)]] == []
+    assert set(where.values()) == {"train", "val"}
+    notes = ShardSet.open(tmp_path / "out").manifest.notes["split"]
+    assert notes == {"fractions": {"train": 0.6, "val": 0.4}, "seed": 0, "duplicates_joined": 15, "cut_short": 0}
+
+    recipe("skincap.py", *words, "--out", tmp_path / "apart", "--no-join-duplicates")
+    assert "the same picture again" not in capsys.readouterr().out
+    where = split_by_key(tmp_path / "apart")
+    assert any(where[str(number)] != where[str(number + 15)] for number in range(1, 16))
+    assert "duplicates_joined" not in ShardSet.open(tmp_path / "apart").manifest.notes["split"]
+
+
+def test_a_search_that_was_cut_short_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clipdist.data.sets.duplicates.MOST_NEIGHBOURS", 0)
+    raw = tmp_path / "raw"
+    write_copies(raw)
+    split = ("--workers", "0", "--split", "train=0.6", "val=0.4")
+    recipe("skincap.py", raw, "--out", tmp_path / "recipe", "--side", 32, *split)
+    columns = ("--image-column", "skincap_file_path", "--text-column", "caption_zh_polish_en", "--join-duplicates")
+    source = (str(raw / CSV), "--images", str(raw / "skincap"))
+    assert main(["pack", *source, "--out", str(tmp_path / "pack"), *columns, *split]) == 0
+    warned = re.findall(
+        r"warning: (\d+) pictures look like so many others that not all pairs were compared", capsys.readouterr().out
+    )
+    notes = [ShardSet.open(tmp_path / name).manifest.notes["split"] for name in ("recipe", "pack")]
+    assert [int(count) for count in warned] == [note["cut_short"] for note in notes]
+    assert all(note["cut_short"] > 0 for note in notes)
 
 
 def test_a_recipe_run_as_a_script_ends_with_one_line_and_code_2(tmp_path: Path) -> None:

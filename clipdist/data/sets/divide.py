@@ -5,13 +5,14 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from clipdist.data.classes import field_values
-from clipdist.data.sets.duplicates import Duplicates
+from clipdist.data.sets.duplicates import Duplicates, cut_short_warning
 from clipdist.data.sets.survey import Survey
-from clipdist.data.shards import ShardSet, write_atomically
+from clipdist.data.shards import write_atomically
 from clipdist.errors import UserError, disk_errors
 from clipdist.prepare.splits import split_by
 from clipdist.prepare.units import joined_units
@@ -23,7 +24,8 @@ LARGE_UNIT = 0.05
 @dataclass
 class Division:
     """`rows` of the survey that are divided, and the `splits`, strings, and `units`, int64, of each. `joined` counts
-    units that duplicates put together with others; `left_out`, samples that cannot be read."""
+    units that duplicates put together with others; `left_out`, samples that cannot be read; `notes` are for the
+    manifest of a set that is made by it."""
 
     survey: Survey
     fractions: dict[str, float]
@@ -33,6 +35,7 @@ class Division:
     joined: int
     left_out: int
     labels: list[str | None] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """A table of `key`, `split` and `unit`, the number of the joined unit."""
@@ -63,6 +66,7 @@ class Division:
                 f"warning: one unit holds {int(sizes.max()):,} samples ({sizes.max() / len(self.rows):.1%}); "
                 f"clipdist audit shows what joins them"
             )
+        lines += cut_short_warning(self.notes.get("cut_short", 0))
         if self.left_out:
             lines.append(f"left out: {self.left_out:,} samples that cannot be read (clipdist verify tells more)")
         return "\n".join(lines)
@@ -98,14 +102,19 @@ def divide(
     splits = split_by(chosen, together[rows], fractions, seed)
     joined = before - (int(together.max()) + 1)
     _, codes = np.unique(together[rows], return_inverse=True)
-    return Division(survey, dict(fractions), rows, splits, codes, joined, len(survey.rows) - len(rows), chosen)
+    notes: dict[str, Any] = {"fractions": dict(fractions), "stratify_by": stratify_by, "seed": seed}
+    notes["duplicates_joined"] = None  # not looked for
+    if duplicates:
+        notes |= {"duplicates_joined": joined, "cut_short": duplicates.cut_short}
+    left_out = len(survey.rows) - len(rows)
+    return Division(survey, dict(fractions), rows, splits, codes, joined, left_out, chosen, notes)
 
 
 def _labels(survey: Survey, field_name: str) -> list[str | None]:
-    shard_set = ShardSet.open(survey.folder)
     labels: list[str | None] = [None] * len(survey.rows)
-    for number, name in enumerate(survey.rows.splits):
-        values = field_values(shard_set.split(name), field_name)
-        for row, code in zip(np.flatnonzero(survey.rows.split_of == number), values.codes.tolist(), strict=True):
+    for name in survey.rows.splits:
+        split, rows = survey.readable(name)
+        values = field_values(split, field_name)
+        for row, code in zip(rows.tolist(), values.codes.tolist(), strict=True):
             labels[row] = values.names[code] if code >= 0 else None
     return labels

@@ -16,7 +16,7 @@ from clipdist.errors import UserError
 # Bits in which two 64-bit difference hashes may differ and still count as one picture to the eye.
 NEAR_BITS = 3
 # Bits in which they may differ for two pictures to be looked at more closely.
-CANDIDATE_BITS = 10
+CANDIDATE_BITS, MOST_BITS_APART = 10, 16
 # Hashes of nearly one value come from flat pictures and say nothing.
 FEWEST_BITS, MOST_BITS = 6, 58
 HASH_BITS = 64
@@ -233,13 +233,31 @@ class Duplicates:
         return np.concatenate([np.stack([self.first_N[copies], copies], 1), self.pairs_P2])
 
 
+def check_bits(bits: int) -> None:
+    """`UserError` for a number of bits with which `find_duplicates` would find nothing, or search for ever."""
+    if not 0 <= bits <= MOST_BITS_APART:
+        raise UserError(f"--bits: found {bits}, expected 0 to {MOST_BITS_APART}")
+
+
+def cut_short_warning(count: int) -> list[str]:
+    """A line for people who were promised that duplicates stay together; none where `cut_short` counts none."""
+    if not count:
+        return []
+    return [
+        f"warning: {count:,} pictures look like so many others that not all pairs were compared; copies of them may "
+        f"lie in several splits"
+    ]
+
+
 def find_duplicates(digests: np.ndarray, looks: np.ndarray, bits: int = CANDIDATE_BITS) -> Duplicates:
     """The same picture again, in other bytes, size, brightness, or cut a little at its edges.
 
     `digests` of bytes, uint64 [N], 0 meaning no picture; `looks` have dtype `LOOK`. Candidates are pairs of which the
     hash of one, and that of the other or of its middle, differ in at most `bits` bits, all of them; the thumbnails
-    decide. Mirrored, turned and decoloured copies are not found, nor is anything among flat pictures.
+    decide. Mirrored, turned and decoloured copies are not found, nor is anything among flat pictures. Raises as
+    `check_bits` does.
     """
+    check_bits(bits)
     first = first_of_equal(digests)
     rows = np.flatnonzero((first == np.arange(len(digests))) & (digests != 0))
     hashes = np.concatenate([looks["whole"][rows], looks["middle"][rows]])

@@ -205,18 +205,24 @@ def _read(
     stratify = None
     if args.stratify_by:
         stratify = dict(zip(table.index.tolist(), table[args.stratify_by].astype(str).tolist(), strict=True))
-    together = _duplicates(args, pairs) if args.join_duplicates else None
+    together, joined = joined_duplicates(args, pairs) if args.join_duplicates else (None, {})
     split = tables.split_pairs(pairs, fractions, args.seed, stratify, together)
-    notes["split"] = {"fractions": fractions, "seed": args.seed, "stratify_by": args.stratify_by or args.label_column}
-    if together is not None:
-        notes["split"]["duplicates_joined"] = len(together)
+    stratified = args.stratify_by or args.label_column
+    notes["split"] = {"fractions": fractions, "seed": args.seed, "stratify_by": stratified, **joined}
     return split, rejected, notes
 
 
-def _duplicates(args: argparse.Namespace, pairs: list["Pair"]) -> "np.ndarray":
-    """int64 [E, 2]: places of pairs with the same picture."""
+def joined_duplicates(args: argparse.Namespace, pairs: list["Pair"]) -> tuple["np.ndarray", dict[str, int]]:
+    """(int64 [E, 2], places of pairs with the same picture; what the notes on the split say of it), which it prints.
+
+    `args` are those of `add_packing_arguments`; every image is decoded once.
+    """
+    from clipdist.data.sets.duplicates import cut_short_warning
     from clipdist.prepare.units import duplicates_of
 
     found = duplicates_of([pair.image for pair in pairs], workers=args.workers, max_pixels=args.max_pixels)
-    print(f"the same picture again: {len(found.edges()):,} times; kept together")
-    return found.edges()
+    edges = found.edges()
+    print(f"the same picture again: {len(edges):,} times; kept together")
+    for line in cut_short_warning(found.cut_short):
+        print(line)
+    return edges, {"duplicates_joined": len(edges), "cut_short": found.cut_short}

@@ -209,6 +209,7 @@ def repack(
     workers: int | None = None,
     max_rejected_fraction: float = 0.05,
     command: list[str] | None = None,
+    notes: dict[str, Any] | None = None,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> RepackSummary:
@@ -216,8 +217,9 @@ def repack(
 
     `source` is a shard set, or a folder of tars. Keys, fields and captions stay; images that need neither another size
     nor format keep their bytes. `zstd=None` keeps what the source has. What is damaged stops the run, or with
-    `choice.drop_bad` is listed in `folder/rejected.csv`, as are duplicates. Raises `UserError`, and leaves no manifest,
-    when nothing is left, when more than `max_rejected_fraction` is damaged, and when the disk is full.
+    `choice.drop_bad` is listed in `folder/rejected.csv`, as are duplicates. `notes` are added to those of the manifest.
+    Raises `UserError`, and leaves no manifest, when nothing is left, when more than `max_rejected_fraction` is damaged,
+    and when the disk is full.
     """
     choice, images = choice or Choice(), images or ImageOptions()
     if folder.exists() and (not folder.is_dir() or folder.samefile(source)):
@@ -243,6 +245,7 @@ def repack(
             command=command,
             sources={source.resolve().name: opened.manifest.digest, **_checksum_of(choice.split_table)},
             notes={
+                **(notes or {}),
                 "source": {"digest": opened.manifest.digest, "notes": opened.manifest.notes},
                 "operations": choice.operations(),
                 "images": asdict(images),

@@ -58,5 +58,7 @@ def run(args: argparse.Namespace) -> int:
             print(args.out)
         if args.repack:
             choice = Choice(split_table=str(table), drop_bad=True)
-            print(repack(args.set, args.repack, choice, workers=args.workers, max_rejected_fraction=1.0))
+            notes = {"division": division.notes}
+            made = repack(args.set, args.repack, choice, workers=args.workers, max_rejected_fraction=1.0, notes=notes)
+            print(made)
     return 0

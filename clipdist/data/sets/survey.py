@@ -19,7 +19,7 @@ from clipdist.data.images.looks import LOOK, look_of
 from clipdist.data.images.quality import JUDGED_SIDE, QUALITY, judged, quality_of
 from clipdist.data.sets.duplicates import hashed
 from clipdist.data.sets.each_shard import Rows, ask_each, stamp, state_path
-from clipdist.data.shards import BadSample, RawSample, ShardFile, ShardInfo, ShardSet, write_atomically
+from clipdist.data.shards import BadSample, RawSample, ShardFile, ShardInfo, ShardSet, Split, write_atomically
 from clipdist.errors import UserError, disk_errors
 
 STATE = ".audit"
@@ -43,7 +43,7 @@ Shown = Callable[[Iterable["ShardSurvey"], int], Iterable["ShardSurvey"]]
 @dataclass
 class ShardSurvey:
     """One shard: `samples`, `quality` and `looks` have a row for each sample, `captions` one for each caption, in the
-    samples' order; `bad` holds (row, reason)."""
+    samples' order; `bad` holds (row, reason), the row being -1 where the shard cannot be opened."""
 
     split: str
     file: str
@@ -56,7 +56,8 @@ class ShardSurvey:
 
 @dataclass
 class Survey:
-    """A whole set. N samples, M captions, which `owner_M` gives to their samples; `bad`: row -> reason."""
+    """A whole set. N samples, M captions, which `owner_M` gives to their samples; `bad`: row -> reason, all rows of a
+    shard that cannot be opened among them, the last of all."""
 
     folder: Path
     rows: Rows
@@ -68,6 +69,13 @@ class Survey:
     bad: dict[int, str]
     resumed: int
     shards: int
+
+    def readable(self, split: str) -> tuple[Split, np.ndarray]:
+        """A split without the shards that cannot be opened, and the rows of its samples, int64."""
+        infos = ShardSet.open(self.folder).manifest.splits[split]
+        whole = [info for info in infos if info.file not in self.rows.damaged]
+        own = self.rows.split_of == self.rows.splits.index(split)
+        return Split(self.folder, split, whole), np.flatnonzero(own & self.rows.whole)
 
     def unit(self, row: int) -> str:
         try:
@@ -91,6 +99,12 @@ def survey_shard(folder: Path, split: str, info: ShardInfo) -> ShardSurvey:
     """Reads and decodes one shard. One that cannot be opened has no samples that can be read."""
     try:
         shard = ShardFile(folder / info.file)
+        if shard.index.samples != info.samples:
+            shard.close()
+            raise UserError(
+                f"{shard.path}: its index holds {shard.index.samples} samples, the manifest {info.samples}; "
+                f"run: clipdist index {folder}"
+            )
     except UserError as error:
         samples, quality, looks = (np.zeros(info.samples, kind) for kind in (SAMPLE, QUALITY, LOOK))
         return ShardSurvey(split, info.file, samples, quality, looks, np.zeros(0, CAPTION), [(-1, str(error))])
@@ -152,18 +166,21 @@ def survey_set(
 
 
 def _joined(folder: Path, parts: list[ShardSurvey], resumed: int) -> Survey:
-    rows = Rows(folder, [(part.split, part.file, len(part.samples)) for part in parts])
+    damaged = {part.file: reason for part in parts for row, reason in part.bad if row < 0}
+    rows = Rows(folder, [(part.split, part.file, len(part.samples)) for part in parts], damaged)
     kinds = {"samples": SAMPLE, "quality": QUALITY, "looks": LOOK, "captions": CAPTION}
     columns = {
         name: np.concatenate([getattr(part, name) for part in parts] or [np.zeros(0, kind)])
         for name, kind in kinds.items()
     }
     owners = np.repeat(np.arange(len(rows)), columns["samples"]["captions"])
-    bad: dict[int, str] = {}
-    start = 0
-    for part in parts:
-        bad |= {start + max(0, row): reason for row, reason in part.bad}
-        start += len(part.samples)
+    starts = np.cumsum([0, *(len(part.samples) for part in parts)]).tolist()
+    told = list(zip(starts, parts, strict=False))
+    bad = {start + row: reason for start, part in told for row, reason in part.bad if row >= 0}
+    for start, part in told:
+        bad |= (
+            dict.fromkeys(range(start, start + len(part.samples)), damaged[part.file]) if part.file in damaged else {}
+        )
     return Survey(folder, rows, **columns, owner_M=owners, bad=bad, resumed=resumed, shards=len(parts))
 
 

@@ -28,11 +28,13 @@ def add_survey_arguments(parser: argparse._ActionsContainer) -> None:
 
 def surveyed(args: argparse.Namespace) -> "Survey":
     """The survey that the arguments of `add_survey_arguments` ask for."""
+    from clipdist.data.sets.duplicates import check_bits
     from clipdist.data.sets.survey import survey_set
     from clipdist.progress import progress
 
     if args.workers < 1:
         raise UserError(f"--workers: found {args.workers}, expected at least 1")
+    check_bits(args.bits)  # before anything is looked at
 
     def shown(surveys: Iterable["ShardSurvey"], total: int) -> Iterable["ShardSurvey"]:
         return progress(surveys, total=total, unit="shard", description="looking", quiet=not total)

@@ -264,7 +264,7 @@ pairs = st.builds(
 
 
 @given(st.lists(pairs, max_size=8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_any_pair_is_packed_or_stands_in_the_list_of_rejected(
     tmp_path_factory: pytest.TempPathFactory, given_pairs: list[Pair]
 ) -> None:

@@ -179,15 +179,10 @@ def pack_pairs(
         for (split, pair), result in zip(shown, results, strict=True):
             if isinstance(result, UnusableImage):
                 refused.add(Rejected.of(pair, str(result)))
-                continue
-            data, extension = result
-            text = pair.text[0] if len(pair.text) == 1 else pair.text
-            try:
-                writer.write(split, pair.key, data, extension, {**pair.fields, "text": text})
-            except UnusableSample as error:
-                refused.add(Rejected.of(pair, str(error)))
-                continue
-            tally.add(split, pair, len(data))
+            elif reason := _write_pair(writer, split, pair, *result):
+                refused.add(Rejected.of(pair, reason))
+            else:
+                tally.add(split, pair, len(result[0]))
         if not tally.total:
             refused.fail("nothing could be packed")
         refused.save()
@@ -197,6 +192,16 @@ def pack_pairs(
     written = sum(shard.bytes for found in writer.manifest.splits.values() for shard in found)
     told = (tally.units(), tally.straddling(), refused.found, left_out)
     return PackSummary(folder, tally.samples, shards, written, *told)
+
+
+def _write_pair(writer: ShardSetWriter, split: str, pair: Pair, image: bytes, extension: str) -> str:
+    """Writes it, or tells why no shard can hold it."""
+    text = pair.text[0] if len(pair.text) == 1 else pair.text
+    try:
+        writer.write(split, pair.key, image, extension, {**pair.fields, "text": text})
+    except UnusableSample as error:
+        return str(error)
+    return ""
 
 
 def _write_beside(writer: ShardSetWriter, files: Mapping[str, bytes]) -> None:

@@ -18,11 +18,13 @@ from clipdist.data.sets.pack_command import add_packing_arguments, packing_optio
 from clipdist.data.sets.tables import split_pairs
 from clipdist.prepare.isic import read_isic
 from clipdist.prepare.phantom_isic import LAYOUTS, PhantomOptions, write_isic_layout
+from clipdist.prepare.phantom_stamp import is_phantom
 
 LICENSE = (
     "ISIC 2024 / SLICE-3D, https://doi.org/10.34970/2024-slice-3d: CC-BY-NC-4.0 as a whole, CC-BY-4.0 or CC-0 for the "
     "permissive part; each sample's field `license` holds its own, `attribution` whom to name."
 )
+SYNTHETIC = "Synthetic tiles and diagnoses drawn by clipdist; public domain (CC0-1.0). They show no real skin."
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,10 +46,13 @@ def main(arguments: list[str] | None = None) -> None:
     if args.phantom is not None:
         drawn = PhantomOptions(args.phantom, args.phantom_layout, args.phantom_side, args.malignant, args.seed)
         write_isic_layout(args.raw, drawn, args.workers)
+    synthetic = is_phantom(args.raw)
     found = read_isic(args.raw, metadata=args.metadata, images=args.images)
     told = ", ".join(f"{count:,} {label}" for label, count in found.notes["labels"].items())
     units = ", ".join(f"{count:,} by {name}" for name, count in found.notes["units"].items())
     print(f"{' + '.join(found.notes['tables'])}, {found.notes['images']}: {told}; kept together: {units}")
+    if several := found.notes["lesions_of_several_patients"]:
+        print(f"lesions of several patients, who are kept together: {several:,}")
     if found.notes["columns_absent"]:
         print(f"columns that are not there: {', '.join(found.notes['columns_absent'])}")
     splits = split_pairs(found.pairs, fractions, args.seed, found.strata())
@@ -57,11 +62,11 @@ def main(arguments: list[str] | None = None) -> None:
         splits,
         args.out,
         rejected=found.rejected,
-        license_text=LICENSE,
+        license_text=SYNTHETIC if synthetic else LICENSE,
         sources=found.sources,
         notes={
             "isic": found.notes,
-            "synthetic": args.phantom is not None,
+            "synthetic": synthetic,
             "split": {"fractions": fractions, "seed": args.seed, "labels": shares},
         },
         **options,

@@ -15,6 +15,7 @@ from clipdist.data.sets.pack import pack_pairs
 from clipdist.data.sets.pack_command import add_packing_arguments, packing_options, parse_fractions
 from clipdist.data.sets.tables import split_pairs
 from clipdist.prepare.mimic_cxr import FRONTAL, CxrOptions, read_mimic_cxr, told
+from clipdist.prepare.phantom_stamp import is_phantom
 from clipdist.prepare.radiology_reports import CAPTIONS, MIN_TOKENS
 
 LICENSE = (
@@ -59,6 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         from clipdist.prepare.phantom_chest import write_mimic_cxr_layout
 
         write_mimic_cxr_layout(args.raw, args.phantom, seed=args.seed)
+    synthetic = is_phantom(args.raw)
     chosen = CxrOptions(
         views=() if args.views == ["all"] else tuple(args.views),
         labels=args.labels,
@@ -72,10 +74,10 @@ def main(arguments: list[str] | None = None) -> None:
         found.by_split() if fractions is None else split_pairs(found.pairs, fractions, args.seed),
         args.out,
         rejected=found.rejected,
-        license_text=LICENSE if args.phantom is None else SYNTHETIC,
+        license_text=SYNTHETIC if synthetic else LICENSE,
         sources=found.sources,
         notes={
-            "mimic_cxr": {**found.notes, "synthetic": args.phantom is not None},
+            "mimic_cxr": {**found.notes, "synthetic": synthetic},
             "split": "published" if fractions is None else {"fractions": fractions, "seed": args.seed},
         },
         **options,

@@ -16,6 +16,7 @@ from clipdist.data.sets.pack import pack_pairs
 from clipdist.data.sets.pack_command import add_packing_arguments, packing_options, parse_fractions
 from clipdist.data.sets.tables import split_pairs
 from clipdist.data.shards import checksum_file
+from clipdist.prepare.phantom_stamp import is_phantom
 from clipdist.prepare.slides import TilingOptions
 from clipdist.prepare.tcga import (
     find_manifest,
@@ -32,6 +33,7 @@ LICENSE = (
     "Slides and reports of The Cancer Genome Atlas, by the NCI's Genomic Data Commons, https://gdc.cancer.gov, under "
     "the data access policies accepted there; no attempt may be made to identify patients."
 )
+SYNTHETIC = "Synthetic slides and reports drawn by clipdist; public domain (CC0-1.0). They show no real patient."
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -74,6 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
         assume_mpp=args.mpp,
     )
     manifest = args.manifest or find_manifest(args.raw, draw=args.phantom)
+    synthetic = is_phantom(args.raw)
     found = find_slides(read_manifest(manifest), args.raw / "slides", kinds=args.kinds, check_md5=args.md5)
     diagnoses, mute = read_diagnoses(args.reports or find_reports(args.raw), found.patients)
     slides, unpaired = with_diagnosis(found, diagnoses)
@@ -97,10 +100,10 @@ def main(arguments: list[str] | None = None) -> None:
         split_pairs(tile_pairs(chosen.slides, diagnoses), fractions, args.seed),
         args.out,
         rejected=[*chosen.rejected, *mute],
-        license_text=LICENSE,
+        license_text=SYNTHETIC if synthetic else LICENSE,
         sources={manifest.name: checksum_file(manifest)},
         notes={
-            "tcga": {**chosen.notes, "left_out": found.left_out, "synthetic": args.phantom is not None},
+            "tcga": {**chosen.notes, "left_out": found.left_out, "synthetic": synthetic},
             "split": {"fractions": fractions, "seed": args.seed},
         },
         **options,

@@ -1,6 +1,7 @@
 """The classes of a run: a field's values in the training split, numbered once and kept with run and model."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,11 +35,12 @@ def label_of(fields: Mapping[str, Any], field: str) -> str | None:
 
 
 def label_order(label: str) -> tuple[bool, float, str]:
-    """Sorts numbers in their order, then words."""
+    """Sorts finite numbers in their order, then words, of which `nan` is one, since it has no place among them."""
     try:
-        return False, float(label), label
+        number = float(label)
     except ValueError:
-        return True, 0.0, label
+        number = math.nan
+    return (False, number, label) if math.isfinite(number) else (True, 0.0, label)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ def stored_images(path: Path) -> dict[str, bytes | FilePart]:
     """What the top-level datasets of the file `path` hold, by name: where it lies, or the bytes themselves of datasets
     that HDF5 has chunked, compressed, or put elsewhere, which thus take memory.
 
-    Datasets may be of strings, opaque values or single bytes. The file is read through once from front to end, if half
-    of the free memory holds it, so that what is read later in another order comes from memory. Raises `UserError` for a
-    file that is missing, damaged or no HDF5, for a dataset of other values, and without h5py.
+    Names that are not UTF-8 have their bytes written out, as `\\xff`. Datasets may be of strings, opaque values or
+    single bytes. The file is read through once from front to end, if half of the free memory holds it, so that what is
+    read later in another order comes from memory. Raises `UserError` for a file that is missing, damaged or no HDF5,
+    for a dataset of other values or of several images, and without h5py.
     """
     try:
         import h5py
@@ -37,7 +38,7 @@ def stored_images(path: Path) -> dict[str, bytes | FilePart]:
             for name in file.id:
                 image = _stored(h5py, file, name, path)
                 if image is not None:
-                    found[name.decode()] = image
+                    found[_readable(name)] = image
     except (OSError, RuntimeError, KeyError) as error:
         # KeyError is h5py's word for an entry whose header cannot be read.
         why = " ".join(str(error).split())
@@ -57,14 +58,28 @@ def _stored(h5py: Any, file: Any, name: bytes, path: Path) -> bytes | FilePart |
     single_bytes = isinstance(kind, h5py.h5t.TypeIntegerID) and kind.get_size() == 1
     if not (varies or single_bytes or isinstance(kind, h5py.h5t.TypeStringID | h5py.h5t.TypeOpaqueID)):
         raise UserError(
-            f"{path}: dataset {name.decode()!r} holds values of type {thing.dtype}, expected the bytes of an encoded "
+            f"{path}: dataset {_readable(name)!r} holds values of type {thing.dtype}, expected the bytes of an encoded "
             f"image"
         )
     offset = None if varies else thing.get_offset()
     if offset is not None:
-        return FilePart(path, offset, thing.get_storage_size(), name.decode())
+        return FilePart(path, offset, thing.get_storage_size(), _readable(name))
     value = h5py.Dataset(thing)[()]
+    if isinstance(value, h5py.Empty):
+        return b""
+    if varies and isinstance(value, np.ndarray) and value.dtype == object:
+        # An array of values of any length holds pointers to them.
+        if value.size != 1:
+            raise UserError(
+                f"{path}: dataset {_readable(name)!r} holds {value.size:,} values, expected the bytes of one encoded "
+                f"image"
+            )
+        value = value.item()
     return value if isinstance(value, bytes) else np.asarray(value).tobytes()
+
+
+def _readable(name: bytes) -> str:
+    return name.decode(errors="backslashreplace")
 
 
 def _read_through(path: Path) -> None:

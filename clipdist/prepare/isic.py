@@ -29,12 +29,14 @@ from clipdist.prepare.isic_captions import (
     looks_sentence,
     person_sentence,
 )
+from clipdist.prepare.units import joined_units
 
 KAGGLE = "train-metadata.csv"
 TRUTH = "_GroundTruth.csv"
 ID, LEVELS = "isic_id", ("iddx_1", "iddx_2", "iddx_3", "iddx_4", "iddx_5")
 TARGETS = ("target", "malignant")
 UNITS = ("patient_id", "lesion_id")
+DECIDING = (*TARGETS, LEVELS[0], UNITS[0])  # rows of one tile that differ in these are not the same again
 SEX, AGE, SITE, SIZE = "sex", "age_approx", "anatom_site_general", "clin_size_long_diam_mm"
 NUMBERS = (AGE, SIZE, *LOOKS)
 # Columns kept as fields, and the fields' names. Licences differ between tiles, and CC-BY asks for the attribution.
@@ -98,18 +100,21 @@ def read_isic(raw: Path, *, metadata: bool = False, images: Images | None = None
     and looks (see `isic_captions`). Fields: `label` (benign, malignant, indeterminate), `unit`, sex, age, site,
     size_mm, size (in three classes), the diagnosis's deepest level, tile, attribution, license. The unit is the
     patient; where none is given the lesion's patient, else the lesion, else the tile by itself (`notes["units"]` counts
-    them). `images` chooses among Kaggle's two forms; by default HDF5 where it is there.
+    them); patients that share a lesion are one unit, under the first's name. `images` chooses among Kaggle's two forms;
+    by default HDF5 where it is there.
 
-    Rejected, each with its reason: a row without an image and an image without a row, an identifier that came before,
-    a row that the other tables lack, a target that is neither 0 nor 1, no outcome, or one that contradicts the target.
-    Raises `UserError` for missing files and columns, and for the columns of an earlier challenge.
+    Rejected, each with its reason: a row without an image and an image without a row, a target that is neither 0 nor 1,
+    no outcome, or one that contradicts the target, a row that the other tables lack, an identifier that came before,
+    and all rows of an identifier, here or in another table, that differ in target, outcome or patient. Numbers that are
+    none, or not finite, count as not given (`notes["not_numbers"]`). Raises `UserError` for missing files and columns,
+    for the columns of an earlier challenge, and for `images="hdf5"` where the files are the official ones.
     """
     layout = _find(raw, images)
     rows, rejected, sources = _read_tables(layout)
     cells = {column: _cells(rows[column]) for column in rows.columns if column not in NUMBERS}
     target = next(column for column in TARGETS if column in cells)
     keys = [key or "" for key in cells[ID]]
-    reasons = _reasons(keys, cells[target], cells[LEVELS[0]])
+    reasons = _reasons(keys, cells, target)
     stored, where = _images(layout)
     usable = []
     for place, (row, key) in enumerate(zip(rows.index.tolist(), keys, strict=True)):
@@ -128,7 +133,7 @@ def read_isic(raw: Path, *, metadata: bool = False, images: Images | None = None
         raise UserError(
             f"{layout.truth}: no column that metadata captions are made of; found {', '.join(rows.columns)}"
         )
-    units, known_by = _units(keys, *(cells.get(column) for column in UNITS))
+    units, known_by, several = _units(keys, *(cells.get(column) for column in UNITS))
     grades = Grades.of({name: values[usable] for name, values in numbers.items()}) if metadata else None
     said = _captions(cells, numbers, grades)
     pairs = []
@@ -142,6 +147,7 @@ def read_isic(raw: Path, *, metadata: bool = False, images: Images | None = None
         "target_column": target,
         "labels": dict(Counter(pair.fields["label"] for pair in pairs)),
         "units": dict(Counter(known_by[place] for place in usable)),
+        "lesions_of_several_patients": several,
         "metadata": metadata,
         "not_numbers": {
             name: count for name in numbers if (count := int((rows[name].notna() & np.isnan(numbers[name])).sum()))
@@ -160,10 +166,7 @@ def _find(raw: Path, images: Images | None) -> _Layout:
     truths = sorted(raw.glob(f"ISIC_2024_*{TRUTH}"))
     if (raw / KAGGLE).is_file():
         hdf5 = raw / "train-image.hdf5"
-        folder = next(
-            (found for found in (_unzipped(raw / "train-image" / "image"), _unzipped(raw / "train-image")) if found),
-            None,
-        )
+        folder = _unzipped(raw / "train-image", "image")
         chosen = images or ("hdf5" if hdf5.is_file() else "jpeg")
         if not (hdf5.is_file() if chosen == "hdf5" else folder):
             raise UserError(
@@ -180,6 +183,10 @@ def _find(raw: Path, images: Images | None) -> _Layout:
             _refuse_earlier(path, read_table(path).columns)
         found = ", ".join(path.name for path in tables) or "no table"
         raise UserError(f"{raw}: found {found}; expected {KAGGLE} or ISIC_2024_[Permissive_]Training{TRUTH}")
+    if images == "hdf5":
+        raise UserError(
+            f"images: found 'hdf5', but the official files are JPEGs ({truths[0].name}); leave it out or fetch Kaggle's"
+        )
     stem = truths[0].name.removesuffix(TRUTH)
     folder = _unzipped(raw / f"{stem}_Input")
     if folder is None:
@@ -189,9 +196,12 @@ def _find(raw: Path, images: Images | None) -> _Layout:
     return _Layout(truths[0], (raw / f"{stem}_Supplement.csv", _metadata(folder)), None, folder)
 
 
-def _unzipped(folder: Path) -> Path | None:
-    """The innermost of `folder`, `folder/<its name>`, … that holds a JPEG; None when there is none."""
+def _unzipped(folder: Path, inner: str | None = None) -> Path | None:
+    """The first of `folder`, `folder/<its name>`, … that holds a JPEG, or has a folder `inner`, unzipped alike, that
+    does; None when there is none."""
     while folder.is_dir():
+        if inner and (found := _unzipped(folder / inner)):
+            return found
         if next(folder.glob("*.jpg"), None):
             return folder
         folder = folder / folder.name
@@ -213,7 +223,7 @@ def _refuse_earlier(path: Path, columns: Sequence[str]) -> None:
 
 
 def _read_tables(layout: _Layout) -> tuple[pd.DataFrame, list[Rejected], dict[str, str]]:
-    """All columns by row of the first table; rows of it that another table lacks, or has twice."""
+    """All columns by row of the first table; rows of it that another table lacks, or has twice and differently."""
     rows = read_table(layout.truth)
     _refuse_earlier(layout.truth, rows.columns)
     check_columns(rows, [ID], str(layout.truth))
@@ -227,6 +237,8 @@ def _read_tables(layout: _Layout) -> tuple[pd.DataFrame, list[Rejected], dict[st
             Rejected(None, str(other[ID][row]), "", f"row {row} of {path.name}: {ID} again")
             for row in other.index[again]
         ]
+        for key, differing in _contradicted(other[other[ID].isin(other[ID][again])]).items():
+            lacking[rows[ID] == key] += f"{path.name} has it again with another {differing}; "
         other = other[~again].set_index(ID)
         lacking[~rows[ID].isin(other.index)] += f"no row in {path.name}; "
         new = [column for column in other.columns if column not in rows.columns]
@@ -240,6 +252,16 @@ def _read_tables(layout: _Layout) -> tuple[pd.DataFrame, list[Rejected], dict[st
     return rows[~gone], rejected, sources
 
 
+def _contradicted(again: pd.DataFrame) -> dict[str, str]:
+    """Identifier -> the columns in which its rows of a table differ, of those that must not."""
+    found = {}
+    for key, rows in again.groupby(ID):
+        differing = [name for name in DECIDING if name in rows and rows[name].nunique(dropna=False) > 1]
+        if differing:
+            found[str(key)] = " and ".join(differing)
+    return found
+
+
 def _images(layout: _Layout) -> tuple[Mapping[str, ImageSource], str]:
     """Identifier -> image, and where they are."""
     if layout.hdf5 is not None:
@@ -248,16 +270,13 @@ def _images(layout: _Layout) -> tuple[Mapping[str, ImageSource], str]:
     return {path.stem: path for path in sorted(layout.folder.glob("*.jpg"))}, f"{layout.folder.name}/"
 
 
-def _reasons(keys: Sequence[str], targets: Sequence[str | None], outcomes: Sequence[str | None]) -> list[str]:
+def _reasons(keys: Sequence[str], cells: Mapping[str, list[str | None]], target_column: str) -> list[str]:
     """Why each row is of no use; empty where it is."""
-    first: dict[str, int] = {}
     reasons = []
-    for place, (key, target, outcome) in enumerate(zip(keys, targets, outcomes, strict=True)):
+    for key, target, outcome in zip(keys, cells[target_column], cells[LEVELS[0]], strict=True):
         reason = ""
         if not key:
             reason = f"no {ID}"
-        elif first.setdefault(key, place) != place:
-            reason = f"{ID} again"
         elif target not in ("0", "1", "0.0", "1.0"):
             reason = f"target {target!r}, expected 0 or 1"
         elif (outcome or "").lower() not in OUTCOMES:
@@ -265,22 +284,42 @@ def _reasons(keys: Sequence[str], targets: Sequence[str | None], outcomes: Seque
         elif (target[0] == "1") != ((outcome or "").lower() == "malignant"):
             reason = f"target {target} contradicts iddx_1 {outcome!r}"
         reasons.append(reason)
+    # Only rows that could be used stand for their tile; where those of one tile contradict each other, none does.
+    places_of: dict[str, list[int]] = {}
+    for place, (key, reason) in enumerate(zip(keys, reasons, strict=True)):
+        if not reason:
+            places_of.setdefault(key, []).append(place)
+    said = {target_column: [(cell or "")[:1] for cell in cells[target_column]]}
+    said[LEVELS[0]] = [(cell or "").lower() for cell in cells[LEVELS[0]]]
+    said[UNITS[0]] = [cell or "" for cell in cells.get(UNITS[0], [None] * len(keys))]
+    for places in (several for several in places_of.values() if len(several) > 1):
+        differing = [name for name, column in said.items() if len({column[place] for place in places}) > 1]
+        told = f" with another {' and '.join(differing)}" if differing else ""
+        for place in places if differing else places[1:]:
+            reasons[place] = f"{ID} again{told}"
     return reasons
 
 
 def _units(
     keys: Sequence[str], patients: Sequence[str | None] | None, lesions: Sequence[str | None] | None
-) -> tuple[list[str], list[str]]:
-    """The unit of each tile, and what it is known by."""
+) -> tuple[list[str], list[str], int]:
+    """The unit of each tile, and what it is known by; how many lesions belong to several patients."""
     nobody = [None] * len(keys)
     patients, lesions = patients or nobody, lesions or nobody
-    owner = {lesion: patient for lesion, patient in zip(lesions, patients, strict=True) if lesion and patient}
-    units, known_by = [], []
-    for key, patient, lesion in zip(keys, patients, lesions, strict=True):
-        patient = patient or owner.get(lesion or "")
-        units.append(patient or lesion or key)
-        known_by.append("patient_id" if patient else "lesion_id" if lesion else "none")
-    return units, known_by
+    # Patients are units, and what shares a lesion is joined; a unit is called after the first of its members.
+    first_of: dict[str, int] = {}
+    edges = [(place, first_of.setdefault(one, place)) for place, one in enumerate(lesions) if one]
+    joined = joined_units(patients, np.array(edges, np.int64).reshape(-1, 2)).tolist()
+    called: dict[str, dict[int, str]] = {"patient_id": {}, "lesion_id": {}}
+    for unit, patient, lesion in zip(joined, patients, lesions, strict=True):
+        for by, name in (("patient_id", patient), ("lesion_id", lesion)):
+            if name:
+                called[by].setdefault(unit, name)
+    known_by = [next((by for by, names in called.items() if unit in names), "none") for unit in joined]
+    units = [called[by][unit] if by in called else key for unit, by, key in zip(joined, known_by, keys, strict=True)]
+    owners = {(lesion, patient) for lesion, patient in zip(lesions, patients, strict=True) if lesion and patient}
+    several = sum(count > 1 for count in Counter(lesion for lesion, _ in owners).values())
+    return units, known_by, several
 
 
 def _captions(cells: Mapping[str, list[str | None]], numbers: Mapping[str, np.ndarray], grades: Grades | None) -> Any:
@@ -323,5 +362,6 @@ def _cells(column: pd.Series) -> list[str | None]:
 
 
 def _numbers(column: pd.Series) -> np.ndarray:
-    """float64; NaN for what is no number."""
-    return pd.to_numeric(column, errors="coerce").to_numpy(float, na_value=np.nan)
+    """float64; NaN for what is no number, or not a finite one."""
+    values = pd.to_numeric(column, errors="coerce").to_numpy(float, na_value=np.nan)
+    return np.where(np.isfinite(values), values, np.nan)

@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 from clipdist.errors import UserError
 from clipdist.prepare.phantom_draw import draw
 from clipdist.prepare.phantom_lesion import STREAM_WORDS, Lesion, generator
+from clipdist.prepare.phantom_stamp import STAMP, write_stamp
 from clipdist.prepare.phantom_words import caption, caption_zh
 from clipdist.prepare.png import png_bytes
 from clipdist.progress import progress
@@ -33,7 +34,6 @@ Result = TypeVar("Result")
 VERSION = 1  # to be raised whenever the same seed gives other bytes
 SOURCE = "synthetic-phantom"
 TABLE = "skincap_v240623.csv"
-STAMP = "phantom.json"
 SPARE = 5  # pictures in skincap/not_include/ that no row names
 CHUNK = 32  # pictures that a worker draws at a time
 
@@ -119,8 +119,7 @@ def new_folder(folder: Path, stamp: dict[str, object], readme: str) -> Iterator[
     try:
         partial.mkdir()
         yield partial
-        (partial / "README.txt").write_text(readme, encoding="utf-8")
-        (partial / STAMP).write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
+        write_stamp(partial, stamp, readme)
         try:
             os.rename(partial, folder)
         except OSError:

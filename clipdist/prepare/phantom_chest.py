@@ -21,6 +21,7 @@ from clipdist.prepare.mimic_cxr import LABELS, ZIP
 from clipdist.prepare.phantom_chest_draw import draw_radiograph
 from clipdist.prepare.phantom_chest_findings import invent_studies, study_with
 from clipdist.prepare.phantom_chest_words import Report, query_sentences
+from clipdist.prepare.phantom_stamp import write_stamp
 from clipdist.progress import progress
 
 SIDE = 128
@@ -42,9 +43,9 @@ def write_mimic_cxr_layout(
     """A folder as the two data sets of PhysioNet leave it; returns it. It appears whole or not at all.
 
     `files/p1x/p…/s…/<dicom_id>.jpg`, `mimic-cxr-reports.zip`, and the tables metadata, split, chexpert and negbio.
-    `retrieval/` holds the four files of ConVIRT's 8×200 sets, with `per_class` candidates, ten pictures and up to five
-    sentences for each of its eight classes; their paths start from `folder`, and their patients are in no table. Bytes
-    depend on `patients`, `side`, `seed` and `per_class` alone.
+    README.txt and phantom.json say what it is. `retrieval/` holds the four files of ConVIRT's 8×200 sets, with
+    `per_class` candidates, ten pictures and up to five sentences for each of its eight classes; their paths start from
+    `folder`, and their patients are in no table. Bytes depend on `patients`, `side`, `seed` and `per_class` alone.
 
     Raises `UserError` for impossible sizes and when `folder` is there.
     """
@@ -60,7 +61,7 @@ def write_mimic_cxr_layout(
         partial.mkdir()
         _write_patients(partial, patients, side, seed, quiet)
         _write_retrieval(partial / "retrieval", per_class, side, seed)
-        (partial / "README.txt").write_text(README, encoding="utf-8")
+        write_stamp(partial, {"what": "synthetic chest", "patients": patients, "side": side, "seed": seed}, README)
         os.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

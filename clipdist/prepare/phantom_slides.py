@@ -16,8 +16,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from clipdist.errors import UserError
+from clipdist.prepare.phantom_stamp import write_stamp
 from clipdist.prepare.phantom_tissue import DIAGNOSES, draw_tissue
 
+README = """SYNTHETIC DATA. These slides and reports were made by a program (clipdist). A slide repeats one patch of
+tissue; patients, reports and diagnoses are invented. They are laid out like TCGA's so that programs made for it run on
+them, and are of no medical use whatsoever.
+"""
 Picture = npt.NDArray[np.uint8]
 GLASS = 243
 COARSE = 16  # pixels of level 0 for each of the outline's
@@ -159,11 +164,12 @@ def write_tcga_layout(
 
     `<folder>/gdc_manifest.txt`, `slides/<UUID>/<barcode>.<UUID>.svs`, `reports/<barcode>.<UUID>.txt`. Diagnoses take
     turns, and so does what slides show: `tissue`, if given, else what `draw_tissue` draws. The patients are invented,
-    and every report says so.
+    and README.txt, phantom.json and every report say so.
     """
     names = random_names(seed)
     lines = ["id\tfilename\tmd5\tsize\tstate"]
     (folder / "reports").mkdir(parents=True, exist_ok=True)
+    write_stamp(folder, {"what": "synthetic slides", "patients": patients, "side": side, "seed": seed}, README)
     for number in range(patients):
         kind = list(DIAGNOSES)[number % len(DIAGNOSES)]
         patient = f"TCGA-ZZ-{number:04d}"

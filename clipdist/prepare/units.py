@@ -100,8 +100,11 @@ def _look_at(image: ImageSource, max_pixels: int) -> tuple[int, np.ndarray, str]
     """(hash of the bytes, look, why it cannot be read)."""
     try:
         data = image if isinstance(image, bytes) else image.read_bytes()
-        return hashed(data), look_of(see(data, max_pixels)), ""
     except OSError as error:
         return 0, np.zeros((), LOOK), f"unreadable image file: {error.strerror}"
+    except ValueError as error:
+        return 0, np.zeros((), LOOK), f"missing image file: no file can have this name ({error})"
+    try:
+        return hashed(data), look_of(see(data, max_pixels)), ""
     except BadSample as error:
         return 0, np.zeros((), LOOK), str(error)

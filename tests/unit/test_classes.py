@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipdist.data import classes
 from clipdist.data.classes import ClassSources, class_shares, class_table
 from clipdist.data.config import DataConfig
+from clipdist.data.labels import label_order
 from clipdist.data.mixing import order_of
 from clipdist.data.sets.index import index_folder
 from clipdist.data.sets.writer import ShardSetWriter
@@ -33,6 +34,19 @@ def test_temperature_flattens_shares_between_natural_and_equal(counts: list[int]
     found = class_shares(sizes, temperature)
     raised = sizes ** (1 / temperature)
     assert np.allclose(found, raised / raised.sum())
+
+
+@settings(max_examples=30)
+@given(st.lists(st.sampled_from(["nan", "-nan", "inf", "-Infinity", "1e999", "x", ""]) | st.integers().map(str)))
+def test_labels_are_in_one_order_whatever_order_they_come_in(labels: list[str]) -> None:
+    found = sorted(labels, key=label_order)
+    assert found == sorted([*reversed(labels)], key=label_order)
+    numbers = [label for label in labels if label.removeprefix("-").isdecimal()]
+    assert found == sorted(numbers, key=int) + sorted(label for label in labels if label not in numbers)
+
+
+def test_a_class_called_nan_is_a_word() -> None:
+    assert sorted(["2", "nan", "10", "inf", "1.5"], key=label_order) == ["1.5", "2", "10", "inf", "nan"]
 
 
 def write_labelled(folder: Path, labels: Sequence[Any], per_shard: int = 7, split: str = "train", **more: Any) -> Path:

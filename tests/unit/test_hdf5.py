@@ -68,6 +68,32 @@ def test_groups_are_passed_over(tmp_path: Path) -> None:
     assert set(stored_images(path)) == set(PICTURES)
 
 
+def test_a_name_that_is_not_utf8_keeps_its_bytes_in_writing(tmp_path: Path) -> None:
+    path = write(tmp_path / "images.hdf5", "string")
+    with h5py.File(path, "a") as file:
+        file.create_dataset(b"\xff\xfe", data=np.bytes_(b"picture"))
+    found = stored_images(path)
+    assert set(found) == {*PICTURES, r"\xff\xfe"}
+    assert bytes_of(found[r"\xff\xfe"]) == b"picture"
+    with h5py.File(path, "a") as file:
+        file.create_dataset(b"\xfa", data=np.zeros(3))
+    with pytest.raises(UserError, match=r"dataset '\\\\xfa' holds values of type float64"):
+        stored_images(path)
+
+
+def test_one_value_of_any_length_is_itself_and_no_value_is_nothing(tmp_path: Path) -> None:
+    data = PICTURES["ISIC_0000003"]
+    with h5py.File(tmp_path / "images.hdf5", "w") as file:
+        file.create_dataset("one", (1,), h5py.vlen_dtype(np.uint8))[0] = as_values(data)
+        file.create_dataset("nothing", data=h5py.Empty("S10"))
+    found = stored_images(tmp_path / "images.hdf5")
+    assert {name: bytes_of(image) for name, image in found.items()} == {"one": data, "nothing": b""}
+    with h5py.File(tmp_path / "images.hdf5", "a") as file:
+        file.create_dataset("two", (2,), h5py.vlen_dtype(np.uint8))
+    with pytest.raises(UserError, match=r"dataset 'two' holds 2 values, expected the bytes of one encoded image"):
+        stored_images(tmp_path / "images.hdf5")
+
+
 def test_other_values_damage_and_absence_are_one_line(tmp_path: Path) -> None:
     path = write(tmp_path / "images.hdf5", "string")
     whole = path.read_bytes()

@@ -1,11 +1,13 @@
 """ISIC 2024: both layouts, captions and what they must not say, damage, units, shares of the malignant, the recipe."""
 
 import io
+import json
 import runpy
 import shutil
 from collections import Counter
 from pathlib import Path
 
+import networkx
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,7 +19,7 @@ from clipdist.data.sets.pack import Pair
 from clipdist.data.sets.tables import split_pairs
 from clipdist.data.shards import ShardSet, checksum_file
 from clipdist.errors import UserError
-from clipdist.prepare.isic import IsicPairs, read_isic
+from clipdist.prepare.isic import IsicPairs, _units, read_isic
 from clipdist.prepare.isic_captions import GRADED, Grades, diagnosis_sentences, looks_sentence, person_sentence
 from clipdist.prepare.phantom_isic import TRAIN_ONLY, PhantomOptions, write_isic_layout
 
@@ -109,6 +111,22 @@ def test_images_unzipped_into_a_folder_of_their_own_name(layouts: dict[str, Path
         raw / "ISIC_2024_Permissive_Training_Input/ISIC_2024_Permissive_Training_Input"
     )
     assert len(read_isic(raw).pairs) == TILES
+
+
+@pytest.mark.parametrize("inner", ["train-image/image", "train-image/train-image/image/image", "train-image", ""])
+def test_kaggles_images_unzipped_into_a_folder_of_their_own_name(copied: Path, inner: str) -> None:
+    (copied / "train-image" / "image").rename(copied / "tiles")
+    (copied / "train-image" / inner).parent.mkdir(parents=True, exist_ok=True)
+    if not inner:
+        (copied / "train-image").rmdir()
+    (copied / "tiles").rename(copied / "train-image" / inner)
+    assert len(read_isic(copied).pairs) == TILES
+
+
+def test_the_official_files_have_no_hdf5(layouts: dict[str, Path]) -> None:
+    assert len(read_isic(layouts["official"], images="jpeg").pairs) == TILES
+    with pytest.raises(UserError, match=r"found 'hdf5', but the official files are JPEGs"):
+        read_isic(layouts["official"], images="hdf5")
 
 
 def test_plain_captions_state_the_levels_that_are_present(layouts: dict[str, Path]) -> None:
@@ -205,6 +223,75 @@ def test_each_kind_of_damage_is_named_and_the_rest_goes_on(copied: Path) -> None
     assert found.notes["not_numbers"] == {"age_approx": 1}
 
 
+def test_numbers_that_are_not_finite_are_not_given(copied: Path) -> None:
+    table = table_of(copied)
+    for row, cell in enumerate(["inf", "-Infinity", "1e400", "nan"]):
+        table.loc[row, "age_approx"] = table.loc[row + 4, "clin_size_long_diam_mm"] = cell
+        table.loc[row + 8, "tbp_lv_norm_color"] = cell
+    found = reread(copied, table, metadata=True)
+    assert found.rejected == []
+    assert found.notes["not_numbers"] == dict.fromkeys(("age_approx", "clin_size_long_diam_mm", "tbp_lv_norm_color"), 4)
+    for pair in found.pairs[:4]:
+        assert "age" not in pair.fields
+        assert "aged" not in pair.text[0]
+    for pair in found.pairs[4:8]:
+        assert not {"size", "size_mm"} & pair.fields.keys()
+        assert " mm" not in pair.text[0]
+    json.dumps([pair.fields for pair in found.pairs] + [found.notes], allow_nan=False)
+
+
+def test_rows_of_one_tile_that_contradict_each_other_are_all_rejected(copied: Path) -> None:
+    table = table_of(copied)
+    keys = table["isic_id"].tolist()
+    benign = table.index[table["iddx_1"] == "Benign"].tolist()
+    a, b, c, d, e, f = benign[:6]
+    again = table.loc[[a, b, c, d, e, f]].copy()
+    again.loc[a, ["target", "iddx_1"]] = ["1", "Malignant"]
+    again.loc[b, "iddx_1"] = "Indeterminate"
+    again.loc[c, "patient_id"] = "IP_9999999"
+    again.loc[d, "target"] = "0.0"  # the same, written otherwise
+    again.loc[e, "target"] = "2"  # of no use, so it contradicts nothing
+    table.loc[f, "target"] = ""  # nor does this, and the other row stands
+    found = reread(copied, pd.concat([table, again], ignore_index=True))
+    told = {(one.row, one.key): one.reason for one in found.rejected}
+    assert told == {
+        (a + 1, keys[a]): "isic_id again with another target and iddx_1",
+        (TILES + 1, keys[a]): "isic_id again with another target and iddx_1",
+        (b + 1, keys[b]): "isic_id again with another iddx_1",
+        (TILES + 2, keys[b]): "isic_id again with another iddx_1",
+        (c + 1, keys[c]): "isic_id again with another patient_id",
+        (TILES + 3, keys[c]): "isic_id again with another patient_id",
+        (TILES + 4, keys[d]): "isic_id again",
+        (TILES + 5, keys[e]): "target '2', expected 0 or 1",
+        (f + 1, keys[f]): "target None, expected 0 or 1",
+    }
+    packed = [pair.key for pair in found.pairs]
+    assert sorted(packed) == sorted({*keys} - {keys[a], keys[b], keys[c]})
+
+
+def test_contradicting_rows_beside_the_first_table_are_rejected(layouts: dict[str, Path], tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    shutil.copytree(layouts["official"], raw)
+    for path, column, cell in (
+        (raw / f"{OFFICIAL}_Supplement.csv", "iddx_1", "Indeterminate"),
+        (raw / f"{OFFICIAL}_Input" / "metadata.csv", "patient_id", "IP_9999999"),
+    ):
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        row = {"iddx_1": 3, "patient_id": 6}[column]
+        again = table.loc[[row, 9]].copy()
+        again.loc[row, column] = cell
+        pd.concat([table, again], ignore_index=True).to_csv(path, index=False)
+    found = read_isic(raw)
+    keys = [pair.key for pair in found.pairs]
+    assert len(keys) == TILES - 2
+    assert [one for one in reasons(found) if one[0] is not None] == [
+        (4, "ISIC_0000004", f"{OFFICIAL}_Supplement.csv has it again with another iddx_1"),
+        (7, "ISIC_0000007", "metadata.csv has it again with another patient_id"),
+    ]
+    assert (None, "ISIC_0000010", "row 152 of metadata.csv: isic_id again") in reasons(found)
+    assert "ISIC_0000010" in keys
+
+
 def test_tables_beside_the_first_that_lack_or_repeat_a_row(layouts: dict[str, Path], tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     shutil.copytree(layouts["official"], raw)
@@ -269,6 +356,36 @@ def test_where_no_patient_is_given_the_lesion_is_kept_together(copied: Path) -> 
     assert without.notes["columns_absent"] == ["patient_id", "lesion_id"]
 
 
+def test_a_lesion_of_two_patients_keeps_both_together(copied: Path) -> None:
+    table = table_of(copied)
+    table["patient_id"] = ["p1", "p2", "", "p2", "p3", "", *[""] * (TILES - 6)]
+    table["lesion_id"] = ["l1", "l1", "l1", "l2", "l3", "l4", *[""] * (TILES - 6)]
+    found = reread(copied, table)
+    assert [pair.fields["unit"] for pair in found.pairs[:7]] == ["p1", "p1", "p1", "p1", "p3", "l4", "ISIC_0000007"]
+    assert found.notes["units"] == {"patient_id": 5, "lesion_id": 1, "none": TILES - 6}
+    assert found.notes["lesions_of_several_patients"] == 1
+    assert "lesions_of_several_patients" in reread(copied, table.drop(columns="lesion_id")).notes
+
+
+rows_of_units = st.lists(st.tuples(st.sampled_from(["", *"abcd"]), st.sampled_from(["", *"vwxyz"])), max_size=12)
+
+
+@given(rows_of_units)
+def test_rows_of_one_patient_or_one_lesion_are_of_one_unit(rows: list[tuple[str, str]]) -> None:
+    keys = [f"k{number}" for number in range(len(rows))]
+    units, known_by, several = _units(keys, *([row[place] or None for row in rows] for place in (0, 1)))
+    for place in (0, 1):
+        for name in {row[place] for row in rows} - {""}:
+            assert len({unit for unit, row in zip(units, rows, strict=True) if row[place] == name}) == 1
+    # Nothing is joined without a chain of such rows.
+    graph = networkx.Graph((f"row {n}", f"{place}{row[place]}") for n, row in enumerate(rows) for place in (0, 1))
+    graph.remove_nodes_from([name for name in ("0", "1") if name in graph])
+    assert len(set(units)) == networkx.number_connected_components(graph)
+    assert several == sum(len({p for p, held in rows if held == name} - {""}) > 1 for name in "vwxyz")
+    for unit, how, key in zip(units, known_by, keys, strict=True):
+        assert unit in {"patient_id": "abcd", "lesion_id": "vwxyz", "none": key}[how]
+
+
 def test_metadata_captions_without_metadata_are_refused(copied: Path) -> None:
     table = table_of(copied)[["isic_id", "target", "iddx_1"]]
     assert len(reread(copied, table).pairs) == TILES
@@ -331,6 +448,16 @@ def test_the_recipe_packs_bytes_as_they_are_and_names_what_is_damaged(
     assert sum(notes["split"]["labels"][name].get("malignant", 0) for name in packed.manifest.splits) == 9
     with pytest.raises(UserError, match=r"above the limit of 1.00%"):
         recipe(raw, "--out", tmp_path / "strict", "--max-rejected", 0.01, "--check", "header")
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_the_recipe_asks_the_folder_whether_its_tiles_are_drawn(copied: Path, tmp_path: Path, drawn: bool) -> None:
+    if not drawn:
+        (copied / "phantom.json").unlink()
+    recipe(copied, "--out", tmp_path / "out", "--workers", 0, "--check", "none")
+    manifest = ShardSet.open(tmp_path / "out").manifest
+    assert manifest.notes["synthetic"] is drawn
+    assert ("CC-BY-NC" in manifest.license, "Synthetic" in manifest.license) == (not drawn, drawn)
 
 
 def test_phantoms_have_the_published_columns_and_rates(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from clipdist.data.shards import ShardSet, checksum_file
 from clipdist.errors import UserError
 from clipdist.evaluate.probe import label_matrix
 from clipdist.prepare.mimic_cxr import LABELS, CxrOptions, CxrPairs, open_reports, read_mimic_cxr, told
+from clipdist.prepare.phantom_chest import write_mimic_cxr_layout
 from tests.unit.pictures import encoded, picture
 
 ROOT = Path(__file__).parents[2]
@@ -287,6 +288,15 @@ def test_the_recipe_packs_and_says_what_it_chose(raw: Path, tmp_path: Path, caps
     units = {n: {packed.split(n).read(k).fields["unit"] for k in range(len(packed.split(n)))} for n in ("train", "val")}
     assert len(units["train"]) == len(units["val"]) == 3
     assert not units["train"] & units["val"]
+
+
+def test_the_recipe_asks_the_folder_whether_its_patients_are_invented(raw: Path, tmp_path: Path) -> None:
+    write_mimic_cxr_layout(tmp_path / "drawn", 4, side=32, per_class=1, quiet=True)
+    for folder, drawn, more in ((tmp_path / "drawn", True, []), (raw, False, ["--phantom", 4])):
+        recipe(folder, "--out", tmp_path / f"out-{drawn}", "--workers", 0, "--split", "train=0.5", "val=0.5", *more)
+        manifest = ShardSet.open(tmp_path / f"out-{drawn}").manifest
+        assert manifest.notes["mimic_cxr"]["synthetic"] is drawn
+        assert ("PhysioNet" in manifest.license, "Synthetic" in manifest.license) == (not drawn, drawn)
 
 
 def test_damaged_pictures_are_listed(raw: Path, tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ import errno
 import json
 import os
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import webdataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipdist.data.sets import pack_command
@@ -22,6 +23,8 @@ from clipdist.data.sets.writer import ShardSetWriter, tar_header
 from clipdist.data.shards import MANIFEST, ShardSet, checksum_file
 from clipdist.errors import UserError
 from tests.unit.pictures import encoded, photograph, picture
+
+PNG = encoded(picture(5, (9, 7)))
 
 
 @pytest.fixture
@@ -212,6 +215,74 @@ def test_rows_that_cannot_be_packed_are_listed_with_reasons(
     assert capsys.readouterr().out.splitlines()[-1] == f"rejected: 8 of 41 (19.51%), see {out / REJECTED}"
     assert len(ShardSet.open(out).split("train")) == 33
     assert ShardSet.open(out).manifest.notes["rejected"] == 8
+
+
+UNWRITABLE = {
+    "surrogate": (Pair("surrogate", PNG, ["half a character \ud800"]), "surrogates not allowed"),
+    "field": (Pair("field", PNG, ["x"], {"site": ["\udfff"]}), "surrogates not allowed"),
+    "infinite": (Pair("infinite", PNG, ["x"], {"age": float("inf")}), "Out of range float"),
+    "nan": (Pair("nan", PNG, ["x"], {"box": [0.5, float("nan")]}), "Out of range float"),
+    "object": (Pair("object", PNG, ["x"], {"when": object()}), "not JSON serializable"),
+    "long": (Pair("k" * 5000, PNG, ["x"]), "found 5000 bytes, expected at most 4096"),
+    "nul": (Pair("b\0c", PNG, ["x"]), "expected a relative name without dots"),
+    "dot": (Pair("a.b", PNG, ["x"]), "expected a relative name without dots"),
+    "half a key": (Pair("k\udc80", PNG, ["x"]), "cannot be written in UTF-8"),
+    "nul in a path": (Pair("path", Path("a\0b.png"), ["x"]), "no file can have this name"),
+    "half a path": (Pair("half", Path("a\ud800.png"), ["x"]), "no file can have this name"),
+    "no such path": (Pair("gone", Path("a\udcff.png"), ["x"]), "missing image file"),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pair_that_no_shard_can_hold_is_rejected_and_the_others_go_on(tmp_path: Path, workers: int) -> None:
+    good = [Pair(f"k{number}", PNG, ["a caption"]) for number in range(5)]
+    bad = [pair for pair, _ in UNWRITABLE.values()]
+    options: dict[str, Any] = {"workers": workers, "shuffle": False, "max_rejected_fraction": 0.9, "quiet": True}
+    summary = pack_pairs({"train": [*good[:2], *bad, *good[2:]]}, tmp_path / "out", **options)
+    assert (summary.total, len(summary.rejected)) == (5, len(bad))
+    found = {one.key: one.reason for one in summary.rejected}
+    for pair, reason in UNWRITABLE.values():
+        assert reason in found[pair.key]
+    assert len(rejected_rows(tmp_path / "out")) == len(bad)
+    assert ShardSet.open(tmp_path / "out").manifest.notes["rejected"] == len(bad)
+    pack_pairs({"train": good}, tmp_path / "alone", **options)
+    (tmp_path / "out" / REJECTED).unlink()
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "alone")
+    with pytest.raises(UserError, match=r"above the limit of 5.00%"):
+        pack_pairs({"train": [*good, *bad]}, tmp_path / "strict", quiet=True, workers=0)
+
+
+anything = st.characters(exclude_categories=())
+values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(anything, max_size=3)
+pairs = st.builds(
+    Pair,
+    st.text(anything, max_size=3) | st.sampled_from(["a", "b", "a/b", "k" * 5000]),
+    st.sampled_from([PNG, PNG[:50], b"", b"no image"]),
+    st.lists(st.text(anything, max_size=4), max_size=2),
+    st.dictionaries(st.text(anything, max_size=3), values | st.lists(values, max_size=2), max_size=2),
+)
+
+
+@given(st.lists(pairs, max_size=8))
+@settings(max_examples=30, deadline=None)
+def test_any_pair_is_packed_or_stands_in_the_list_of_rejected(
+    tmp_path_factory: pytest.TempPathFactory, given_pairs: list[Pair]
+) -> None:
+    out = tmp_path_factory.mktemp("any") / "out"
+    sure = Pair("sure", PNG, ["a caption"])
+    options: dict[str, Any] = {"workers": 0, "max_rejected_fraction": 1, "quiet": True}
+    pairs = [*given_pairs, sure]
+    summary = pack_pairs({"train": pairs}, out, **options)
+    split = ShardSet.open(out).split("train")
+    packed = {sample.key: sample for sample in map(split.read, range(len(split)))}
+    rejected = rejected_rows(out) if summary.rejected else []
+    assert len(packed) + len(rejected) == len(pairs)
+    assert Counter([*packed, *(one.key for one in summary.rejected)]) == Counter(pair.key for pair in pairs)
+    for sample in packed.values():
+        pair = next(pair for pair in pairs if pair.key == sample.key and pair.text and any(map(str.strip, pair.text)))
+        assert sample.image == pair.image
+        assert sample.texts == [text.strip() for text in pair.text if text.strip()]
+        assert {**sample.fields, "text": 0} == {**pair.fields, "text": 0}
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,29 @@ def rejected_rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def test_what_json_cannot_hold_is_one_bad_sample_or_not_given(tmp_path: Path) -> None:
+    image, folder = encoded(picture()), tmp_path / "foreign"
+    folder.mkdir()
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for key, info in {
+            "a": b'{"text": "x", "age": NaN, "box": [1, -Infinity], "more": {"n": 1e999}}',
+            "b": b'{"text": "half \\ud800"}',
+            "c": b'{"text": "y"}',
+        }.items():
+            for name, data in ((f"{key}.png", image), (f"{key}.json", info)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    with pytest.raises(UserError, match=r"a.tar: sample 'b' cannot be used: .*surrogates.*pass --drop-bad"):
+        repack(folder, tmp_path / "out", workers=0, quiet=True)
+    repack(folder, tmp_path / "out", Choice(drop_bad=True), max_rejected_fraction=0.5, workers=0, quiet=True)
+    assert [(sample.key, sample.fields) for sample in samples(tmp_path / "out", "a")] == [
+        ("a", {"age": None, "box": [1, None], "more": {"n": None}}),
+        ("c", {}),
+    ]
+    assert [row["key"] for row in rejected_rows(tmp_path / "out")] == ["b"]
+
+
 # What stays
 
 

@@ -206,6 +206,8 @@ def test_a_refused_sample_does_not_use_up_its_key(tmp_path: Path) -> None:
             out.write("train", "a", PNG, "png", {"text": "\ud800"})
         with pytest.raises(UserError, match=r"^a: .*not JSON serializable"):
             out.write("train", "a", PNG, "png", {"text": "x", "when": object()})
+        with pytest.raises(UserError, match=r"^a: .*Out of range float"):
+            out.write("train", "a", PNG, "png", {"text": "x", "age": float("inf")})
         out.write("train", "a", PNG, "png", {"text": "x"})
     assert ShardSet.open(tmp_path / "set").split("train").read(0).texts == ["x"]
 

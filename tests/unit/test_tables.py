@@ -91,7 +91,10 @@ def test_captions_in_lists_and_values_of_every_type_become_json(photos: Path, tm
         ("t.csv", b"a,b\n1,2\n1,2,3\n", "Expected 2 fields in line 3, saw 3"),
         ("t.csv", b"a,b\n1,2,3\n", "unreadable table .ParserWarning"),
         ("t.csv", b'a,b\n1,"open\n', "EOF inside string"),
-        ("t.csv", "a,b\n1,ö\n".encode("latin-1"), "not utf-8-sig .byte 0xf6.; save it as UTF-8, or name its encoding"),
+        ("t.csv", "a,b\n1,ö\n".encode("latin-1"), "not UTF-8 .byte 0xf6.; save it as UTF-8$"),
+        ("t.csv", b"a,b,a \n1,2,3\n", "column 'a' is there twice; expected each name once"),
+        ("t.csv", b"a, b,b,b \n1,2,3,4\n", "column 'b' is there 3 times; expected each name once"),
+        ("t.jsonl", b'{"a": 1, "a ": 2}\n', "column 'a' is there twice"),
         ("t.jsonl", b'{"a": 1}\n{"a": \n', "line 2 is not JSON"),
         ("t.jsonl", b"[1]\n", "line 1 holds a list, expected an object"),
         ("t.parquet", b"PAR1 not really", "unreadable table"),
@@ -145,6 +148,30 @@ def test_other_separators_and_encodings(tmp_path: Path) -> None:
     assert read_table(tmp_path / "u.tsv", "utf-16")["text"].tolist() == ["röd"]
 
 
+def test_another_encoding_is_offered_where_one_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes("a,b\n1,ö\n".encode("cp1252"))
+    with pytest.raises(UserError, match=r"not ascii .*; save it as UTF-8, or name its encoding \(--encoding cp1252"):
+        read_table(tmp_path / "t.csv", "ascii")
+    with pytest.raises(UserError, match=r"save it as UTF-8$"):
+        read_table(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("text", [{"en": "a"}, [{"en": "a"}], ["a", ["b"]], {}])
+def test_a_caption_that_is_no_text_is_rejected(photos: Path, tmp_path: Path, text: Any) -> None:
+    rows = [
+        {"image": "000.png", "text": text},
+        {"image": "002.png", "text": ["a", "b"]},
+        {"image": "004.png", "text": 5},
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns: dict[str, Any] = {"images": photos, "image_column": "image", "text_columns": ["text"]}
+    pairs, rejected = pairs_from_table(read_table(tmp_path / "t.jsonl"), **columns)
+    assert [pair.text for pair in pairs] == [["a", "b"], ["5"]]
+    assert [(one.row, one.key, one.reason) for one in rejected] == [
+        (1, "000", f"caption {json.dumps(text)}: expected a text or a list of texts")
+    ]
+
+
 def test_reserved_fields_are_not_overwritten(photos: Path) -> None:
     table = read_table(photos.parent / "pairs.csv").rename(columns={"german": "text", "age": "label"})
     columns: dict[str, Any] = {"images": photos, "image_column": "file", "text_columns": ["caption"]}
@@ -194,3 +221,6 @@ def test_keys_of_other_scripts_stay_apart() -> None:
     assert key_from("照片.jpg") == key_from("照片.png")
     assert key_from("naïve.jpg").startswith("na_ve-")
     assert key_from("id.1", is_path=False) == "id_1"
+    halves = {key_from("a\ud800.jpg"), key_from("a\udcff.jpg")}
+    assert len(halves) == 2
+    assert all(key.isascii() and key.startswith("a_-") for key in halves)

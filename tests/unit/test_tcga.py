@@ -238,9 +238,11 @@ def test_the_recipe_packs_patients_whole(layout: Path, tmp_path: Path, capsys: p
     assert len(units) == 6
     assert all(len(splits) == 1 for splits in units.values())
     notes = packed.manifest.notes["tcga"]
+    assert notes["synthetic"] is True
     assert notes["tiling"]["stride"] == 256
     assert notes["tiles"] == sum(len(packed.split(name)) for name in packed.manifest.splits)
-    assert "Genomic Data Commons" in packed.manifest.license
+    assert "Synthetic" in packed.manifest.license
+    assert "Genomic Data Commons" not in packed.manifest.license
 
 
 def test_the_recipe_names_what_is_missing_and_goes_on(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,6 +252,7 @@ def test_the_recipe_names_what_is_missing_and_goes_on(copied: Path, capsys: pyte
     data[5000] ^= 1  # of the right size, but another md5
     slides[1].write_bytes(data)
     slides[3].write_bytes(slides[3].read_bytes()[:-10])
+    (copied / "phantom.json").unlink()
     report = next(copied.glob("reports/TCGA-ZZ-0004*"))
     report.write_text(report.read_text().replace("FINAL DIAGNOSIS", "FINAL REMARKS"))
     with pytest.raises(UserError, match=r"above the limit of 5.00%"):
@@ -266,6 +269,9 @@ def test_the_recipe_names_what_is_missing_and_goes_on(copied: Path, capsys: pyte
     assert reasons.pop("TCGA-ZZ-0004") == "no diagnosis section"
     assert reasons == {}
     assert "rejected: 6 of " in capsys.readouterr().out
+    manifest = ShardSet.open(copied / "out").manifest
+    assert manifest.notes["tcga"]["synthetic"] is False
+    assert "Genomic Data Commons" in manifest.license
 
 
 def test_stages_are_kept_and_filtered_tiles_left_out(

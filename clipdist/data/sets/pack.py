@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import xxhash
 
 from clipdist.data.sets.recode import ImageOptions, ImageSource, UnusableImage, recode_all
-from clipdist.data.sets.writer import ShardSetWriter
+from clipdist.data.sets.writer import ShardSetWriter, UnusableSample
 from clipdist.data.shards import write_atomically
 from clipdist.errors import UserError, disk_errors
 from clipdist.progress import progress
@@ -138,9 +138,10 @@ def pack_pairs(
 
     Within each split the samples are shuffled once with `seed`, so that a shard is not one class (`shuffle=False`
     keeps their order). `workers` processes decode and encode; None takes one for each available core, 0 uses this
-    process, as does packing that decodes nothing. Pairs without a caption, with a key that was there before, or with an
-    image that is missing, damaged or too large are left out and listed in `folder/rejected.csv` (row, key, image,
-    reason), after the ones given as `rejected`. Raises `UserError`, and leaves no manifest, when nothing is left, when
+    process, as does packing that decodes nothing. Pairs without a caption, with a key that was there before, with an
+    image that is missing, damaged or too large, and those of which a shard cannot hold key, caption or fields (see
+    `ShardSetWriter.write`) are left out and listed in `folder/rejected.csv` (row, key, image, reason), after the ones
+    given as `rejected`. Raises `UserError`, and leaves no manifest, when nothing is left, when
     more than `max_rejected_fraction` of all pairs are rejected, and when the disk is full. All pairs are those given,
     those rejected, and `left_out` that were found sound but not wanted. `beside` are further files of the set, by name;
     the manifest's notes hold their checksums.
@@ -178,11 +179,10 @@ def pack_pairs(
         for (split, pair), result in zip(shown, results, strict=True):
             if isinstance(result, UnusableImage):
                 refused.add(Rejected.of(pair, str(result)))
-                continue
-            data, extension = result
-            text = pair.text[0] if len(pair.text) == 1 else pair.text
-            writer.write(split, pair.key, data, extension, {**pair.fields, "text": text})
-            tally.add(split, pair, len(data))
+            elif reason := _write_pair(writer, split, pair, *result):
+                refused.add(Rejected.of(pair, reason))
+            else:
+                tally.add(split, pair, len(result[0]))
         if not tally.total:
             refused.fail("nothing could be packed")
         refused.save()
@@ -192,6 +192,16 @@ def pack_pairs(
     written = sum(shard.bytes for found in writer.manifest.splits.values() for shard in found)
     told = (tally.units(), tally.straddling(), refused.found, left_out)
     return PackSummary(folder, tally.samples, shards, written, *told)
+
+
+def _write_pair(writer: ShardSetWriter, split: str, pair: Pair, image: bytes, extension: str) -> str:
+    """Writes it, or tells why no shard can hold it."""
+    text = pair.text[0] if len(pair.text) == 1 else pair.text
+    try:
+        writer.write(split, pair.key, image, extension, {**pair.fields, "text": text})
+    except UnusableSample as error:
+        return str(error)
+    return ""
 
 
 def _write_beside(writer: ShardSetWriter, files: Mapping[str, bytes]) -> None:
@@ -246,7 +256,8 @@ class Refused:
             table.writerow(["row", "key", "image", "reason"])
             in_order = sorted(self.found, key=lambda rejected: rejected.row or 0)
             table.writerows(["" if r.row is None else r.row, r.key, r.image, r.reason] for r in in_order)
-            write_atomically(path, text.getvalue().encode())
+            # Half a character, of which keys, paths and their reasons may hold some, is written as \ud800.
+            write_atomically(path, text.getvalue().encode(errors="backslashreplace"))
 
 
 @dataclass

@@ -145,6 +145,8 @@ def _read(source: Path | FilePart) -> bytes:
         raise UnusableImage("missing image file") from None
     except OSError as error:
         raise UnusableImage(f"unreadable image file: {error.strerror}") from None
+    except ValueError as error:
+        raise UnusableImage(f"missing image file: no file can have this name ({error})") from None
 
 
 def _as_it_is(data: bytes, options: ImageOptions) -> str | None:

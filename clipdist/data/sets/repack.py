@@ -24,7 +24,7 @@ from clipdist.data.sets.pack import (
 from clipdist.data.sets.recode import ImageOptions
 from clipdist.data.sets.repack_samples import Choice, Dedupe, Row, opened_shard, survey, take
 from clipdist.data.sets.source import opened_source
-from clipdist.data.sets.writer import ShardSetWriter
+from clipdist.data.sets.writer import ShardSetWriter, UnusableSample
 from clipdist.data.shards import ShardInfo, ShardSet, checksum_file
 from clipdist.errors import UserError, disk_errors
 from clipdist.progress import progress
@@ -215,11 +215,11 @@ def repack(
 ) -> RepackSummary:
     """Writes the samples of `source` into `folder` as a new shard set; the same bytes for any number of workers.
 
-    `source` is a shard set, or a folder of tars. Keys, fields and captions stay; images that need neither another size
-    nor format keep their bytes. `zstd=None` keeps what the source has. What is damaged stops the run, or with
-    `choice.drop_bad` is listed in `folder/rejected.csv`, as are duplicates. `notes` are added to those of the manifest.
-    Raises `UserError`, and leaves no manifest, when nothing is left, when more than `max_rejected_fraction` is damaged,
-    and when the disk is full.
+    `source` is a shard set, or a folder of tars. Keys, fields and captions stay, but numbers that are not finite, which
+    JSON has none of, become null; images that need neither another size nor format keep their bytes. `zstd=None` keeps
+    what the source has. What is damaged stops the run, or with `choice.drop_bad` is listed in `folder/rejected.csv`, as
+    are duplicates. `notes` are added to those of the manifest. Raises `UserError`, and leaves no manifest, when nothing
+    is left, when more than `max_rejected_fraction` is damaged, and when the disk is full.
     """
     choice, images = choice or Choice(), images or ImageOptions()
     if folder.exists() and (not folder.is_dir() or folder.samefile(source)):
@@ -304,7 +304,12 @@ def _write(
                 refused.check()
                 continue
             split, text = plan.names[code], one.texts[0] if len(one.texts) == 1 else list(one.texts)
-            writer.write(split, one.key, one.image, one.extension, {**(one.fields or {}), "text": text})
+            try:
+                writer.write(split, one.key, one.image, one.extension, {**(one.fields or {}), "text": text})
+            except UnusableSample as error:
+                _note_bad(rows, int(number), str(error), choice, refused.found)
+                refused.check()
+                continue
             tally.add(split, Pair(one.key, b"", [], one.fields or {}), len(one.image))
         if not tally.total:
             refused.fail("nothing is left to be written")

@@ -1,5 +1,6 @@
 """What repacking does to single samples: decides over one, makes one ready. Light: worker processes import it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -147,8 +148,17 @@ def _taken(row: Row, options: ImageOptions) -> Taken:
         image, extension = recode(sample.image, options)
         # Untouched bytes keep their own name for the format, such as jpeg.
         extension = sample.extension if image is sample.image else extension
-        return Taken(sample.key, image, extension, sample.texts, sample.fields)
+        return Taken(sample.key, image, extension, sample.texts, _finite(sample.fields))
     except (BadSample, UnusableImage) as error:
         return Taken(opened_shard(row.path).index.key(row.place), fault=str(error))
     except UserError as error:  # its shard is gone or cut short
         return Taken("", fault=str(error))
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for NaN and the infinities: Python reads and writes them, but JSON has none of them."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,13 +26,14 @@ INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
 NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d{1,15})?")
 
 
-def read_table(path: Path, encoding: str = "utf-8-sig") -> pd.DataFrame:
+def read_table(path: Path, encoding: str | None = None) -> pd.DataFrame:
     """The table at `path`, told by its suffix; the index is the number of the data row, the first being 1.
 
     Cells of CSV and TSV are strings exactly as written (`007` stays `007`, `NA` stays `NA`), empty ones NaN; the
     separator of a `.csv` without a comma in its header may be `;` or a tab. Other formats keep their types. Of a
-    workbook the first sheet is read. A byte order mark is dropped. Raises `UserError` when there is no such file, no
-    rows, or a file that does not parse.
+    workbook the first sheet is read. A byte order mark is dropped. `encoding`, UTF-8 where it is None, is that of CSV,
+    TSV and JSONL. Raises `UserError` when there is no such file, no rows, a file that does not parse, or two columns
+    whose names differ in nothing but the blanks around them.
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no such table; expected a file ending in {', '.join(TABLES)}")
@@ -39,11 +41,12 @@ def read_table(path: Path, encoding: str = "utf-8-sig") -> pd.DataFrame:
     if kind not in TABLES:
         raise UserError(f"{path}: found the suffix {kind!r}, expected one of {', '.join(TABLES)}")
     try:
-        table = _READERS[kind.removesuffix(".gz")](path, encoding)
+        table = _READERS[kind.removesuffix(".gz")](path, encoding or "utf-8-sig")
     except UnicodeDecodeError as error:
+        # Who names no encoding has no option for it.
+        other = ", or name its encoding (--encoding cp1252, gb18030, utf-16, ...)" if encoding else ""
         raise UserError(
-            f"{path}: not {encoding} (byte 0x{error.object[error.start]:02x}); "
-            f"save it as UTF-8, or name its encoding (--encoding cp1252, gb18030, utf-16, ...)"
+            f"{path}: not {encoding or 'UTF-8'} (byte 0x{error.object[error.start]:02x}); save it as UTF-8{other}"
         ) from None
     except LookupError as error:
         raise UserError(f"{path}: {error}") from None
@@ -53,7 +56,12 @@ def read_table(path: Path, encoding: str = "utf-8-sig") -> pd.DataFrame:
         raise UserError(f"{path}: unreadable table ({type(error).__name__}: {_one_line(error)})") from None
     if not len(table):
         raise UserError(f"{path}: the table has no rows")
-    table.columns = [str(name).strip() for name in table.columns]
+    names = [str(name).strip() for name in table.columns]
+    for name, times in Counter(names).items():
+        if times > 1:
+            often = "twice" if times == 2 else f"{times} times"
+            raise UserError(f"{path}: column {name!r} is there {often}; expected each name once: rename the others")
+    table.columns = names
     table.index = pd.RangeIndex(1, len(table) + 1)
     return table
 
@@ -108,7 +116,8 @@ def pairs_from_table(
     """One pair for each row that names an image and, where `captions_needed`, a caption; the other rows, with reasons.
 
     Image cells are paths relative to `images` (or absolute). The captions of a pair are its non-empty `text_columns`,
-    a cell holding a string or a list of strings. The key comes from `key_column` or else from the image's path.
+    a cell holding a string or a list of strings; where it holds anything deeper the row is rejected. The key comes from
+    `key_column` or else from the image's path.
     `label_column` and `unit_column` become the fields `label` and `unit`, as strings; `keep_columns` keep their names,
     and columns of text that holds nothing but plain numbers become numbers. `merge_captions` makes rows with the same
     image one pair with all their captions and the first row's fields. Whether an image exists shows when it is packed.
@@ -125,8 +134,8 @@ def pairs_from_table(
     for place, (row, cell) in enumerate(zip(table.index.tolist(), table[image_column].tolist(), strict=True)):
         image = _text(cell).replace("\\", "/")
         key = key_from(image) if key_column is None else key_from(_text(keys[place]), is_path=False)
-        captions = [caption for column in texts for caption in _captions(column[place])]
-        reason = "no image named" if not image else "no key" if not key else ""
+        captions, nested = _captions([column[place] for column in texts])
+        reason = "no image named" if not image else "no key" if not key else nested
         if not reason and captions_needed and not captions:
             reason = "empty caption"
         if reason:
@@ -205,7 +214,8 @@ def key_from(name: str, *, is_path: bool = True) -> str:
     stem = str(path.with_suffix("")) if is_path and path.name else str(path)
     stem = "" if stem == "." else stem.strip("/")
     key = re.sub(r"[^A-Za-z0-9_\-/]", "_", stem)
-    return key if stem.isascii() else f"{key}-{xxhash.xxh3_64_hexdigest(stem.encode())[:8]}"
+    # Names of files that are no UTF-8, and tables in JSON, hold half characters.
+    return key if stem.isascii() else f"{key}-{xxhash.xxh3_64_hexdigest(stem.encode(errors='surrogatepass'))[:8]}"
 
 
 def _read_csv(path: Path, encoding: str, separator: str = ",") -> pd.DataFrame:
@@ -345,9 +355,16 @@ def _text(cell: Any) -> str:
     return "" if value is None else str(value).strip()
 
 
-def _captions(cell: Any) -> list[str]:
-    value = _json(cell)
-    return [text for text in map(_text, value if isinstance(value, list) else [value]) if text]
+def _captions(cells: Sequence[Any]) -> tuple[list[str], str]:
+    """What these cells say, and what is wrong with the first of them that is neither a text nor a list of texts."""
+    texts: list[str] = []
+    for value in map(_json, cells):
+        inner = value if isinstance(value, list) else [value]
+        if any(isinstance(one, list | dict) for one in inner):
+            shown = json.dumps(value, ensure_ascii=False)[:80]
+            return [], f"caption {shown}: expected a text or a list of texts"
+        texts += [text for text in map(_text, inner) if text]
+    return texts, ""
 
 
 def _one_line(error: BaseException) -> str:

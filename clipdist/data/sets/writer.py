@@ -40,6 +40,10 @@ PNG_ORIENTATION = (b"eXIf", b"tEXtRaw profile type", b"zTXtRaw profile type", b"
 LONGEST_KEY = 4096  # bytes; what file systems take for a path, far below the index's 16 bits
 
 
+class UnusableSample(UserError):
+    """A shard cannot hold this one sample; nothing of it was written, and others can be."""
+
+
 def made_by(command: list[str] | None = None) -> dict[str, Any]:
     """The command line and the versions of the packages that shaped the bytes, for the manifest."""
     versions = {name: importlib.metadata.version(name) for name in ("pillow", "numpy", "zstandard")}
@@ -148,8 +152,9 @@ class ShardSetWriter:
 
         `image` is stored as it is and not looked at but for its size; `extension` names its kind (`jpg`, `png`, …).
         `fields["unit"]` says what must not straddle splits, `fields["label"]` the class, any other name what you like.
-        Raises `UserError` for a key that is used twice, absolute or holds a dot in its last part, and for fields that
-        JSON cannot hold.
+        Raises `UnusableSample`, with the writer as it was before, for a key that is too long, absolute, no UTF-8 or
+        holds a dot in its last part, and for fields that JSON in UTF-8 cannot hold, such as an infinite number;
+        `UserError` for a key that is used twice.
         """
         extension = extension.lower().lstrip(".")
         if extension not in IMAGE_EXTENSIONS:
@@ -160,11 +165,11 @@ class ShardSetWriter:
         if not split or "/" in split or "\0" in split:
             raise UserError(f"split {split!r}: expected a name that can begin a file's name")
         try:
-            info = json.dumps(fields, ensure_ascii=False, sort_keys=True).encode()
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{key}: its fields cannot be written as JSON in UTF-8 ({error})") from None
+            info = json.dumps(fields, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UnusableSample(f"{key}: its fields cannot be written as JSON in UTF-8 ({error})") from None
         if max(len(image), len(info)) > MAX_MEMBER_BYTES:
-            raise UserError(f"{key}: an image or its fields of more than 4 GiB; the index holds less")
+            raise UnusableSample(f"{key}: an image or its fields of more than 4 GiB; the index holds less")
         self._keys.add(key)
         if split not in self._manifest.splits:
             self._manifest.splits[split] = []
@@ -188,13 +193,15 @@ class ShardSetWriter:
 def _check_key(key: str) -> None:
     *folders, last = key.split("/")
     if "." in last or ".." in folders or key.startswith("/") or not last or "\0" in key:
-        raise UserError(f"key {key!r}: expected a relative name without dots (a dot starts the extension in a tar)")
+        raise UnusableSample(
+            f"key {key!r}: expected a relative name without dots (a dot starts the extension in a tar)"
+        )
     try:
         size = len(key.encode())
     except UnicodeEncodeError as error:
-        raise UserError(f"key {key!r}: cannot be written in UTF-8 ({error.reason})") from None
+        raise UnusableSample(f"key {key!r}: cannot be written in UTF-8 ({error.reason})") from None
     if size > LONGEST_KEY:
-        raise UserError(f"key {key[:40]!r}…: found {size} bytes, expected at most {LONGEST_KEY}")
+        raise UnusableSample(f"key {key[:40]!r}…: found {size} bytes, expected at most {LONGEST_KEY}")
 
 
 def _named_files(manifest: Path) -> set[str] | None:

@@ -18,7 +18,8 @@ from clipdist.data.sets.writer import check_free
 from clipdist.prepare.landmark_splits import divide_landmarks
 from clipdist.prepare.landmarks import TEMPLATES, read_landmarks
 from clipdist.prepare.near_duplicates import near_duplicates
-from clipdist.prepare.phantom_landmarks import is_phantom, write_landmarks_layout
+from clipdist.prepare.phantom_landmarks import write_landmarks_layout
+from clipdist.prepare.phantom_stamp import is_phantom
 
 LICENSE = (
     "Google Landmarks Dataset v2, https://github.com/cvdfoundation/google-landmark. Annotations: CC BY 4.0, Google. "

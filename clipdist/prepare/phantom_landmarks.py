@@ -87,11 +87,6 @@ def write_landmarks_layout(folder: Path, landmarks: int = 24, *, side: int = 128
     return folder
 
 
-def is_phantom(folder: Path) -> bool:
-    """Whether `write_landmarks_layout` made it."""
-    return bool(_stamp_of(folder))
-
-
 def _stamp_of(folder: Path) -> dict[str, Any]:
     try:
         body = json.loads((folder / STAMP).read_text(encoding="utf-8"))

@@ -83,8 +83,8 @@ REFUSALS = [
     ),
     ("no set to score", "eval {model} --data {tmp}/none", "shard set {tmp}/none: there is no such folder"),
     ("split to score", "eval {model} --data {set}", "{set}: no split 'test'; it has 'train', 'val'"),
-    ("device", "eval {model} --data {set} --split val --device gpu", "--device gpu: "),
-    ("no GPU", "eval {model} --data {set} --split val --device cuda", "--device cuda: "),
+    ("device", "eval {model} --data {set} --split val --device gpu", "device gpu: cannot be used"),
+    ("no GPU", "eval {model} --data {set} --split val --device cuda", "device cuda: cannot be used"),
     (
         "calibration without classes",
         "eval {model} --data {set} --calibrate val",

@@ -295,13 +295,17 @@ def test_an_overlay_colours_what_is_relevant_and_nothing_else() -> None:
 
 
 @pytest.fixture(scope="module")
-def sees_shapes(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> SavedModel:
-    """A small transformer that has learned colours, shapes and places."""
-    folder = tmp_path_factory.mktemp("looking")
+def see_shapes(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> list[SavedModel]:
+    """Small transformers that have learned colours, shapes and places, from different weights: what a map shows of one
+    alone says as much of how its training went as of the map."""
     image = {"name": "timm:test_vit", "side": 40, "options": {"patch_size": 5, "depth": 4}}
-    path = write_recipe(folder, shapes, train__epochs=14, optim__lr=4e-3, model__image=image)
-    assert train(load_config(path, ["evaluate.every_epochs=14"])) == 0
-    return load_dual_encoder(folder / "runs" / "tiny" / "model", "cpu")
+    trained = []
+    for seed in range(3):
+        folder = tmp_path_factory.mktemp("looking")
+        path = write_recipe(folder, shapes, train__epochs=14, optim__lr=4e-3, model__image=image)
+        assert train(load_config(path, ["evaluate.every_epochs=14", f"seed={seed}"])) == 0
+        trained.append(load_dual_encoder(folder / "runs" / "tiny" / "model", "cpu"))
+    return trained
 
 
 def two_shapes(seed: int) -> tuple[Image.Image, list[str]]:
@@ -341,25 +345,35 @@ def on_the_shape(saved: SavedModel) -> tuple[float, float]:
     return float(np.mean(shares)), box_area
 
 
-def test_relevance_lies_on_what_the_text_names(sees_shapes: SavedModel) -> None:
-    share, area = on_the_shape(sees_shapes)
-    assert share > 3 * area
-    assert moves_with_the_text(sees_shapes) > 0.8, "of 24 pictures: by chance once in a thousand"
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_relevance_lies_on_what_the_text_names(see_shapes: list[SavedModel]) -> None:
+    shares, areas = zip(*map(on_the_shape, see_shapes), strict=True)
+    assert np.mean(shares) > 3 * areas[0]
+    assert min(shares) > 1.5 * areas[0]
+    follows = [moves_with_the_text(one) for one in see_shapes]
+    assert np.mean(follows) > 0.7, "of 72 pictures: by chance once in a thousand"
 
 
-def test_maps_change_when_weights_are_randomised(sees_shapes: SavedModel) -> None:
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_maps_change_when_weights_are_randomised(see_shapes: list[SavedModel]) -> None:
     # Adebayo et al. 2018: a map that stays the same shows edges of the picture, not what the model has learned.
-    torch.manual_seed(0)
-    image = ImageTower(sees_shapes.model.config.image)
-    model = DualEncoder(sees_shapes.model.config, image, sees_shapes.model.text).eval()
-    random = SavedModel(model, sees_shapes.tokenizer, {}, {}, CPU)
-    assert on_the_shape(random)[0] < 0.6 * on_the_shape(sees_shapes)[0]
-    assert moves_with_the_text(random) <= 0.75
+    randoms = []
+    for seed, one in enumerate(see_shapes):
+        torch.manual_seed(seed)
+        image = ImageTower(one.model.config.image)
+        model = DualEncoder(one.model.config, image, one.model.text).eval()
+        randoms.append(SavedModel(model, one.tokenizer, {}, {}, CPU))
+    means = [np.mean([on_the_shape(one)[0] for one in some]) for some in (randoms, see_shapes)]
+    assert means[0] < 0.6 * means[1]
+    assert np.mean([moves_with_the_text(one) for one in randoms]) <= 0.75
     alike = []
-    for seed in range(8):
-        both, texts = two_shapes(seed)
-        pair = [relevance_maps(saved, both, texts)[0].ravel() for saved in (sees_shapes, random)]
-        alike.append(np.corrcoef(*pair)[0, 1])
+    for learned, random in zip(see_shapes, randoms, strict=True):
+        for seed in range(8):
+            both, texts = two_shapes(seed)
+            pair = [relevance_maps(saved, both, texts)[0].ravel() for saved in (learned, random)]
+            alike.append(np.corrcoef(*pair)[0, 1])
     assert np.mean(alike) < 0.5
 
 

@@ -34,16 +34,15 @@ def epochs_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
             value = record[name]
             if isinstance(value, int | float) and np.isfinite(value) and {"step", "epoch"} <= record.keys():
                 found[name][record["step"]] = (record["epoch"] + 1, float(value))
-    numbers = sorted({epoch for steps in found.values() for epoch, _ in steps.values()})
-    rows = []
-    for number in numbers:
-        row: dict[str, float] = {"epoch": number}
-        for name, steps in found.items():
-            values = [value for _, (epoch, value) in sorted(steps.items()) if epoch == number]
-            if values:
-                row[name] = float(np.mean(values)) if name == TRAINING else values[-1]
-        rows.append(row)
-    return rows
+    measured: dict[int, dict[str, list[float]]] = {}
+    for name, steps in found.items():
+        for _, (epoch, value) in sorted(steps.items()):
+            measured.setdefault(epoch, {}).setdefault(name, []).append(value)
+    return [
+        {"epoch": epoch}
+        | {name: float(np.mean(values)) if name == TRAINING else values[-1] for name, values in several.items()}
+        for epoch, several in sorted(measured.items())
+    ]
 
 
 def as_csv(results: "Results") -> str:

@@ -67,15 +67,7 @@ def dicom_picture(data: bytes, max_pixels: int) -> Image.Image:
             raise UnusableDicom(f"damaged DICOM: {_told(error)}") from None
         try:
             return Image.fromarray(_shown(stored_HW, dataset))
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            IndexError,
-            NotImplementedError,
-            struct.error,
-        ) as error:
+        except _SENSELESS as error:
             raise UnusableDicom(f"cannot be shown: {_told(error)}") from None
 
 

@@ -171,10 +171,10 @@ def compare(saved: Saved, own: Own, foreign: Foreign, samples: Samples) -> dict[
     return report
 
 
-def bias_of(model: Any) -> float:
-    """The `logit_bias` of another library's model; 0 where it has none."""
+def scaling_of(model: Any) -> tuple[float, float]:
+    """The temperature of another library's model, and its `logit_bias`, 0 where it has none."""
     bias = getattr(model, "logit_bias", None)
-    return 0.0 if bias is None else float(bias.detach())
+    return float(1 / model.logit_scale.detach().exp()), 0.0 if bias is None else float(bias.detach())
 
 
 def _difference(what: str, expected: Tensor, found: Tensor) -> float:

@@ -24,8 +24,8 @@ from clipdist.publish.export.exporting import (
     Asked,
     Foreign,
     Own,
-    bias_of,
     projection_of,
+    scaling_of,
     travelling_tokenizer,
 )
 from clipdist.publish.export.tower_folders import classifier_folder, embeddings_of, load_classifier_folder
@@ -174,13 +174,14 @@ def load(saved: Saved, folder: Path, asked: Asked) -> tuple[Own, Foreign]:
         return processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
 
     how = f"{kind.__name__}.from_pretrained(folder{', trust_remote_code=True' if own_code else ''})"
+    temperature, bias = scaling_of(model)
     foreign = Foreign(
         f"transformers: {how}",
         image=lambda images: normalize(_pooled(model.get_image_features(pixel_values=images)), dim=1),
         text=text,
         prepare=prepare,
-        temperature=float(1 / model.logit_scale.detach().exp()),
-        bias=bias_of(model),
+        temperature=temperature,
+        bias=bias,
         versions={"transformers": transformers.__version__},
         notes=_notes(own_code, foreign_code),
     )

@@ -27,9 +27,9 @@ from clipdist.publish.export.exporting import (
     Asked,
     Foreign,
     Own,
-    bias_of,
     missing_package,
     projection_of,
+    scaling_of,
     travelling_tokenizer,
 )
 from clipdist.publish.export.open_clip_names import named_as_text, named_as_vision
@@ -280,13 +280,14 @@ def load(saved: Saved, folder: Path, asked: Asked) -> tuple[Own, Foreign]:
     def prepare(images: Sequence[Image.Image]) -> Tensor:
         return torch.stack([prepare_one(image) for image in images])
 
+    temperature, bias = scaling_of(model)
     foreign = Foreign(
         'open_clip: create_model_from_pretrained("local-dir:…")',
         image=lambda images: model.encode_image(images, normalize=True),
         text=lambda texts: model.encode_text(tokenize(list(texts)), normalize=True),
         prepare=prepare,
-        temperature=float(1 / model.logit_scale.detach().exp()),
-        bias=bias_of(model),
+        temperature=temperature,
+        bias=bias,
         versions={"open_clip": open_clip.__version__},
         notes=_notes(saved, asked),
     )

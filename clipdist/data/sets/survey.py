@@ -178,9 +178,8 @@ def _joined(folder: Path, parts: list[ShardSurvey], resumed: int) -> Survey:
     told = list(zip(starts, parts, strict=False))
     bad = {start + row: reason for start, part in told for row, reason in part.bad if row >= 0}
     for start, part in told:
-        bad |= (
-            dict.fromkeys(range(start, start + len(part.samples)), damaged[part.file]) if part.file in damaged else {}
-        )
+        if part.file in damaged:
+            bad |= dict.fromkeys(range(start, start + len(part.samples)), damaged[part.file])
     return Survey(folder, rows, **columns, owner_M=owners, bad=bad, resumed=resumed, shards=len(parts))
 
 

@@ -22,8 +22,11 @@ from PIL import Image, ImageDraw
 
 # Ranks and loader workers inherit these: several threads each would fight over the cores.
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
-# There transformers copies code that travels with a model before it loads it: a place for each process of the tests.
-os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="clipdist-tests-")
+# There transformers copies code that travels with a model before it loads it: a place for each run of the tests. A rank
+# that a test spawns imports this file too, and ends without its last steps: it takes its parent's place.
+if not Path(os.environ.get("HF_MODULES_CACHE", "")).name.startswith("clipdist-tests-"):
+    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="clipdist-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 import torch
 
@@ -31,7 +34,6 @@ from clipdist.data.sets.writer import ShardSetWriter
 from clipdist.train.signals import STOP_SIGNALS
 
 torch.set_num_threads(1)
-atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "black", "cyan"]
 SHAPES = ["square", "circle", "triangle", "cross", "bar"]

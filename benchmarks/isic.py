@@ -27,24 +27,31 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
-import pandas as pd
-
 from clipdist.data.sets.pack import pack_pairs
 from clipdist.data.sets.recode import Check, ImageOptions
-from clipdist.data.sets.tables import split_pairs
-from clipdist.prepare.isic import KAGGLE, read_isic
 from clipdist.prepare.phantom_isic import PhantomOptions, write_isic_layout
-from clipdist.prepare.splits import split_by  # noqa: F401  imported where it is used, and it takes a second
-from clipdist.prepare.units import joined_units  # noqa: F401  likewise
 
+# What takes long to import is imported in functions, as in `shards/isic.py`: processes that pack read this file again.
 DRAWN = 500
 FRACTIONS = {"train": 0.8, "val": 0.1, "test": 0.1}
 
 
+def import_all() -> None:
+    """In the first process, whose imports are not counted; those of the others are."""
+    import clipdist.data.sets.tables
+    import clipdist.prepare.isic
+    import clipdist.prepare.splits
+    import clipdist.prepare.units  # noqa: F401
+
+
 def build(folder: Path, tiles: int, quality: int) -> Path:
     """A folder as Kaggle's."""
+    import h5py
+    import numpy as np
+    import pandas as pd
+
+    from clipdist.prepare.isic import KAGGLE
+
     drawn, raw = folder / "drawn", folder / "raw"
     write_isic_layout(drawn, PhantomOptions(min(DRAWN, tiles), "hdf5", 131, quality=quality))
     raw.mkdir()
@@ -61,6 +68,8 @@ def build(folder: Path, tiles: int, quality: int) -> Path:
 
 
 def copy_datasets(raw: Path, out: Path) -> dict[str, float]:
+    import h5py
+
     with h5py.File(raw / "train-image.hdf5") as source, open(out / "all", "wb") as copy:
         for name in source:
             copy.write(source[name][()])
@@ -76,6 +85,9 @@ def copy_file(raw: Path, out: Path) -> dict[str, float]:
 
 
 def pack(raw: Path, out: Path, check: Check, workers: int | None = 0) -> dict[str, float]:
+    from clipdist.data.sets.tables import split_pairs
+    from clipdist.prepare.isic import read_isic
+
     began = time.perf_counter()
     found = read_isic(raw, metadata=True)
     read = time.perf_counter()
@@ -135,6 +147,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the one for temporary files)")
     parser.add_argument("--warm", action="store_true", help="leave the file in the page cache")
     args = parser.parse_args()
+    import_all()
     found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)

@@ -15,8 +15,6 @@ from pathlib import Path
 from clipdist.cli import run_script
 from clipdist.data.sets.pack import pack_pairs
 from clipdist.data.sets.pack_command import add_packing_arguments, packing_options, parse_fractions
-from clipdist.data.sets.tables import split_pairs
-from clipdist.prepare.isic import read_isic
 from clipdist.prepare.phantom_isic import LAYOUTS, PhantomOptions, write_isic_layout
 from clipdist.prepare.phantom_stamp import is_phantom
 
@@ -28,6 +26,10 @@ SYNTHETIC = "Synthetic tiles and diagnoses drawn by clipdist; public domain (CC0
 
 
 def main(arguments: list[str] | None = None) -> None:
+    # Not at the file's top: each process that packs reads this file again, and has no need of torch and pandas.
+    from clipdist.data.sets.tables import split_pairs
+    from clipdist.prepare.isic import read_isic
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("raw", type=Path, metavar="RAW", help="folder with the tables and the images")
     parser.add_argument("--out", type=Path, required=True)

@@ -11,13 +11,9 @@ import argparse
 from pathlib import Path
 
 from clipdist.cli import run_script
-from clipdist.data.sets.duplicates import check_bits
 from clipdist.data.sets.pack import pack_pairs
 from clipdist.data.sets.pack_command import add_packing_arguments, packing_options, parse_fractions
 from clipdist.data.sets.writer import check_free
-from clipdist.prepare.landmark_splits import divide_landmarks
-from clipdist.prepare.landmarks import TEMPLATES, read_landmarks
-from clipdist.prepare.near_duplicates import near_duplicates
 from clipdist.prepare.phantom_landmarks import write_landmarks_layout
 from clipdist.prepare.phantom_stamp import is_phantom
 
@@ -30,6 +26,12 @@ SYNTHETIC = "Synthetic pictures and names drawn by clipdist; public domain (CC0-
 
 
 def main(arguments: list[str] | None = None) -> None:
+    # Not at the file's top: each process that packs reads this file again, and has no need of torch and pandas.
+    from clipdist.data.sets.duplicates import check_bits
+    from clipdist.prepare.landmark_splits import divide_landmarks
+    from clipdist.prepare.landmarks import TEMPLATES, read_landmarks
+    from clipdist.prepare.near_duplicates import near_duplicates
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("raw", type=Path, metavar="RAW", help="folder with the tars and the tables")
     parser.add_argument("--out", type=Path, required=True)

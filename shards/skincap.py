@@ -16,9 +16,6 @@ from clipdist.data.sets.pack_command import (
     packing_options,
     parse_fractions,
 )
-from clipdist.data.sets.tables import split_pairs
-from clipdist.prepare.captions import add_condensing_arguments, condensed_by
-from clipdist.prepare.skincap import read_skincap
 
 LICENSE = (
     "SkinCAP, https://huggingface.co/datasets/joshuachou/SkinCAP, under the terms accepted there and those of "
@@ -27,6 +24,11 @@ LICENSE = (
 
 
 def main(arguments: list[str] | None = None) -> None:
+    # Not at the file's top: each process that packs reads this file again, and has no need of torch and pandas.
+    from clipdist.data.sets.tables import split_pairs
+    from clipdist.prepare.captions import add_condensing_arguments, condensed_by
+    from clipdist.prepare.skincap import read_skincap
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("raw", type=Path, metavar="RAW", help="folder with the table and the folder skincap/")
     parser.add_argument("--out", type=Path, required=True)

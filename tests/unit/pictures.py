@@ -49,6 +49,14 @@ def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.rint(pixels.clip(0, 255)).astype(np.uint8))
 
 
+def hashed_alike(seed: int) -> Image.Image:
+    """Light that rises to the right above and to the left below: one difference hash, and details of its own."""
+    rise = np.tile(np.linspace(40, 215, 288), (256, 1))
+    rise[128:] = rise[128:, ::-1]
+    details = np.random.default_rng(seed).normal(0, 12, (64, 72)).repeat(4, 0).repeat(4, 1)
+    return Image.fromarray((rise + details).clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
 def quadrants(size: tuple[int, int] = (80, 40)) -> Image.Image:
     """red, green above blue, white: every turn of it looks different."""
     image = Image.new("RGB", (2, 2))

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipdist.cli import main
+from clipdist.data.images.looks import difference_hash
 from clipdist.data.sets.conditions import parse_condition
-from clipdist.data.sets.duplicates import NEAR_BITS, keep_first, near_pairs
+from clipdist.data.sets.duplicates import NEAR_BITS, Duplicates, near_pairs
 from clipdist.data.sets.pack import REJECTED
 from clipdist.data.sets.repack import repack
 from clipdist.data.sets.repack_samples import Choice
@@ -26,7 +27,7 @@ from clipdist.data.sets.verify import verify_set
 from clipdist.data.sets.writer import ShardSetWriter
 from clipdist.data.shards import MANIFEST, RawSample, ShardSet
 from clipdist.errors import UserError
-from tests.unit.pictures import encoded, picture
+from tests.unit.pictures import encoded, hashed_alike, picture
 
 
 @pytest.fixture
@@ -226,9 +227,19 @@ def test_near_pairs_are_all_those_within_the_distance(data: st.DataObject) -> No
 
 
 def test_a_picture_goes_only_for_one_that_is_kept() -> None:
-    start = 0x0123456789ABCDEF
-    looks = np.array([start, start ^ 0b111, start ^ 0b111111], np.uint64)  # the last is near the second alone
-    assert keep_first(np.array([1, 2, 3], np.uint64), looks).tolist() == [0, 0, 2]
+    near_P2 = np.array([[1, 2], [0, 1]])  # the third is near the second alone, and the last a copy of the second
+    assert Duplicates(np.array([0, 1, 2, 1]), near_P2, np.ones(2, np.float32)).keep_first().tolist() == [0, 0, 2, 0]
+
+
+def test_pictures_that_only_hash_alike_are_kept(tmp_path: Path) -> None:
+    images = [hashed_alike(seed) for seed in range(2)]
+    assert len({difference_hash(image) for image in images}) == 1
+    with ShardSetWriter(tmp_path / "set") as writer:
+        for key, image in zip("ab", images, strict=True):
+            writer.write("train", key, encoded(image, "PNG"), "png", {"text": key})
+    repack(tmp_path / "set", tmp_path / "near", Choice(dedupe="near"), workers=0, quiet=True)
+    assert keys(tmp_path / "near") == ["a", "b"]
+    assert not any(verify_set(tmp_path / "set", workers=1).counts().values())
 
 
 # Splits by a table

@@ -4,7 +4,6 @@ import math
 from typing import Annotated, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageFilter
 from pydantic import AfterValidator, Field
 
@@ -239,6 +238,8 @@ def _turn_hue(angle: float) -> np.ndarray:
 
 def _add_noise(pixels: np.ndarray, choices: Choices, augment: AugmentConfig) -> None:
     """Independent normal noises add up to one whose variance is the sum of theirs: one draw per value does for all."""
+    import torch  # here, since processes that only look at pictures read this file too
+
     levels = np.arange(256, dtype=np.float32)
     variance = (
         (augment.noise * choices.noise) ** 2

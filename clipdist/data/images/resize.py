@@ -4,15 +4,17 @@ The two differ by at most a rounding: mean absolute difference about 0.005 grey 
 """
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.nn import functional
 
 from clipdist.data.images.geometry import Crop, ResizeMode, overlap
 
 
 def resize_rgb(pixels: np.ndarray, size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
     """uint8 [h, w, 3] -> uint8 [*size, 3] by torch, into `out` when given. `pixels` are to be writable."""
+    # Not at the file's top: processes that only look at pictures read this file too, and torch takes a second.
+    import torch
+    from torch.nn import functional
+
     if out is None:
         out = np.empty((*size, 3), np.uint8)
     if pixels.shape[:2] == size:

@@ -1,6 +1,6 @@
 """Equal and nearly equal hashes among millions: found by sorting, in blocks, in a few arrays."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations, islice
@@ -13,10 +13,10 @@ import xxhash
 from clipdist.data.images.looks import same_pictures
 from clipdist.errors import UserError
 
-# Bits in which two 64-bit difference hashes may differ and still count as one picture to the eye.
-NEAR_BITS = 3
-# Bits in which they may differ for two pictures to be looked at more closely.
+# Bits in which two 64-bit difference hashes may differ for the pictures to be looked at more closely: where looks are
+# at hand, and where each look means that a picture is decoded again.
 CANDIDATE_BITS, MOST_BITS_APART = 10, 16
+NEAR_BITS = 3
 # Hashes of nearly one value come from flat pictures and say nothing.
 FEWEST_BITS, MOST_BITS = 6, 58
 HASH_BITS = 64
@@ -172,47 +172,39 @@ def bit_counts(words: np.ndarray) -> np.ndarray:
     return np.unpackbits(bytes_, axis=-1).sum(-1, dtype=np.uint8)
 
 
-def search_near(looks: np.ndarray, digests: np.ndarray, sets: np.ndarray) -> NearSearch:
+def search_near(
+    hashes: np.ndarray, digests: np.ndarray, sets: np.ndarray, look: Callable[[np.ndarray], np.ndarray]
+) -> NearSearch:
     """Looks-alike among N pictures: difference hashes uint64 [N], digests of their bytes uint64 [N] (0: no picture),
-    and the number of the set (a split) each belongs to, int [N]."""
-    count = len(looks)
+    and the number of the set (a split) each belongs to, int [N].
+
+    Few hashes are held of many pictures. Of those whose hashes are near, rows int64 [R], `look` gives the looks, dtype
+    `LOOK`, [R], which decide as in `find_duplicates`.
+    """
+    count = len(hashes)
     result = NearSearch(np.full(count, count), np.full(count, count), 0)
     # Of pictures with equal bytes in a set one speaks for all: thousands of copies are no more work than one.
     rows = np.lexsort((np.arange(count), sets, digests))
     keep = np.ones(count, bool)
     keep[1:] = (digests[rows][1:] != digests[rows][:-1]) | (sets[rows][1:] != sets[rows][:-1])
     rows = np.sort(rows[keep & (digests[rows] != 0)])
-    rows = rows[telling(looks[rows])]
-    crowded = np.zeros(len(rows), bool)
-    for first, second in near_pairs(looks[rows], crowded):
-        first, second = rows[first], rows[second]
+    rows = rows[telling(hashes[rows])]
+    crowded, candidate = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
+    for first, second in near_pairs(hashes[rows], crowded):
+        other_bytes = digests[rows[first]] != digests[rows[second]]
+        candidate[first[other_bytes]] = candidate[second[other_bytes]] = True
+    result.cut_short = int(crowded.sum())
+    rows = rows[candidate]
+    # Once more among these alone, rather than to hold pairs, of which there may be thousands to a picture.
+    looks = look(rows)
+    for first, second in near_pairs(hashes[rows]):
+        same = same_pictures(looks, np.stack([first, second], 1)) > 0
+        first, second = rows[first[same]], rows[second[same]]
         other_bytes = digests[first] != digests[second]
         same_set = sets[first] == sets[second]
         for chosen, into in ((other_bytes & same_set, result.within), (other_bytes & ~same_set, result.across)):
             np.minimum.at(into, second[chosen], first[chosen])
-    result.cut_short = int(crowded.sum())
     return result
-
-
-def keep_first(digests: np.ndarray, looks: np.ndarray | None = None) -> np.ndarray:
-    """int64 [N]: for each picture the earlier one that is kept in its stead; itself where it is kept.
-
-    Digests of bytes, uint64 [N], 0 meaning no picture, which is kept. With `looks`, difference hashes, uint64 [N], a
-    picture also goes when it looks like an earlier one that is kept.
-    """
-    kept = first_of_equal(digests)
-    if looks is None:
-        return kept
-    rows = np.flatnonzero((kept == np.arange(len(digests))) & (digests != 0))
-    rows = rows[telling(looks[rows])]
-    codes = [first * len(rows) + second for first, second in near_pairs(looks[rows])]
-    pairs = np.unique(np.concatenate(codes)) if codes else np.zeros(0, np.int64)
-    # By the first of each pair: whether it is kept is settled by the time its own pairs come.
-    for code in pairs:
-        first, second = rows[code // len(rows)], rows[code % len(rows)]
-        if kept[first] == first and kept[second] == second:
-            kept[second] = first
-    return kept[kept]
 
 
 @dataclass
@@ -232,6 +224,16 @@ class Duplicates:
         copies = np.flatnonzero(self.first_N != np.arange(len(self.first_N)))
         return np.concatenate([np.stack([self.first_N[copies], copies], 1), self.pairs_P2])
 
+    def keep_first(self) -> np.ndarray:
+        """int64 [N]: for each picture the earlier one that is kept in its stead; itself where it is kept. One goes when
+        it has the bytes of an earlier one, or looks like an earlier one that is kept."""
+        kept = self.first_N.copy()
+        # By the first of each pair: whether it is kept is settled by the time its own pairs come.
+        for first, second in self.pairs_P2[np.lexsort((self.pairs_P2[:, 1], self.pairs_P2[:, 0]))].tolist():
+            if kept[first] == first and kept[second] == second:
+                kept[second] = first
+        return kept[kept]
+
 
 def check_bits(bits: int) -> None:
     """`UserError` for a number of bits with which `find_duplicates` would find nothing, or search for ever."""
@@ -239,14 +241,11 @@ def check_bits(bits: int) -> None:
         raise UserError(f"--bits: found {bits}, expected 0 to {MOST_BITS_APART}")
 
 
-def cut_short_warning(count: int) -> list[str]:
-    """A line for people who were promised that duplicates stay together; none where `cut_short` counts none."""
+def cut_short_warning(count: int, outcome: str = "copies of them may lie in several splits") -> list[str]:
+    """A line for people who were promised that duplicates stay together, or go; none where `cut_short` counts none."""
     if not count:
         return []
-    return [
-        f"warning: {count:,} pictures look like so many others that not all pairs were compared; copies of them may "
-        f"lie in several splits"
-    ]
+    return [f"warning: {count:,} pictures look like so many others that not all pairs were compared; {outcome}"]
 
 
 def find_duplicates(digests: np.ndarray, looks: np.ndarray, bits: int = CANDIDATE_BITS) -> Duplicates:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from clipdist.data.sets.duplicates import keep_first
+from clipdist.data.images.looks import LOOK
+from clipdist.data.sets.duplicates import cut_short_warning, find_duplicates, first_of_equal
 from clipdist.data.sets.pack import (
     SPLIT_NAME,
     PackSummary,
@@ -77,14 +78,17 @@ class _Numbers(Sequence[Row]):
 
 @dataclass
 class RepackSummary:
-    """`left_out`: how many samples each condition took away."""
+    """`left_out`: how many samples each condition took away; `cut_short`: how many pictures were not compared with all
+    that look like them."""
 
     packed: PackSummary
     left_out: dict[str, int] = field(default_factory=dict)
+    cut_short: int = 0
 
     def __str__(self) -> str:
         lines = str(self.packed).splitlines()
         out = [f"left out: {number:,} for {reason}" for reason, number in self.left_out.items() if number]
+        out += cut_short_warning(self.cut_short, "copies of them may be left")
         return "\n".join([*lines[:-1], *out, lines[-1]])
 
 
@@ -98,13 +102,15 @@ class _Plan:
     left_out: dict[str, int]
     bad: list[Rejected]
     duplicates: list[Rejected]
+    cut_short: int = 0
 
 
 def _plan(rows: _Rows, choice: Choice, workers: int, quiet: bool) -> _Plan:
     count = len(rows)
     plan = _Plan(rows.names, np.arange(count), rows.split_of, {}, [], [])
     if choice.needs_survey:
-        columns = {name: np.zeros(count, np.uint64) for name in ("digest", "look", "unit", "label")}
+        columns = {name: np.zeros(count, np.uint64) for name in ("digest", "unit", "label")}
+        looks = np.zeros(count if choice.dedupe == "near" else 0, LOOK)
         kept = np.zeros(count, bool)
         found = in_order(partial(survey, choice=choice), _Numbers(rows, plan.numbers), workers)
         with closing(found):
@@ -118,9 +124,11 @@ def _plan(rows: _Rows, choice: Choice, workers: int, quiet: bool) -> _Plan:
                     plan.left_out[one.out] = plan.left_out.get(one.out, 0) + 1
                 for name, column in columns.items():
                     column[number] = getattr(one, name)
+                if one.look is not None:
+                    looks[number] = one.look
         plan.numbers = np.flatnonzero(kept)
         if choice.dedupe:
-            _drop_duplicates(rows, choice.dedupe, plan, columns)
+            _drop_duplicates(rows, choice.dedupe, plan, columns["digest"], looks)
         plan.splits = rows.split_of[plan.numbers]
         if choice.fractions:
             _divide(choice, choice.fractions, plan, columns)
@@ -144,9 +152,13 @@ def _note_bad(rows: _Rows, number: int, reason: str, choice: Choice, bad: list[R
     bad.append(rejected)
 
 
-def _drop_duplicates(rows: _Rows, dedupe: Dedupe, plan: _Plan, columns: dict[str, np.ndarray]) -> None:
-    digests, looks = (columns[name][plan.numbers] for name in ("digest", "look"))
-    first = keep_first(digests, looks if dedupe == "near" else None)
+def _drop_duplicates(rows: _Rows, dedupe: Dedupe, plan: _Plan, digests: np.ndarray, looks: np.ndarray) -> None:
+    digests = digests[plan.numbers]
+    if dedupe == "near":
+        found = find_duplicates(digests, looks[plan.numbers])
+        first, plan.cut_short = found.keep_first(), found.cut_short
+    else:
+        first = first_of_equal(digests)
     gone = np.flatnonzero(first != np.arange(len(first)))
     for place in gone:
         kept = rows.row(plan.numbers[first[place]])
@@ -255,7 +267,7 @@ def repack(
         refused = Refused(folder, plan.bad, max_rejected_fraction)
         refused.total = len(rows) + len(unread)
         packed = _write(writer, rows, plan, choice, images, refused, workers if images.decodes else 0, quiet)
-    return RepackSummary(packed, plan.left_out)
+    return RepackSummary(packed, plan.left_out, plan.cut_short)
 
 
 @contextmanager
@@ -316,7 +328,7 @@ def _write(
         damaged = len(refused.found)
         refused.found += plan.duplicates
         refused.save()
-        writer.manifest.notes |= {"rejected": damaged, "left_out": plan.left_out}
+        writer.manifest.notes |= {"rejected": damaged, "left_out": plan.left_out, "cut_short": plan.cut_short}
     shards = {name: len(writer.manifest.splits.get(name, [])) for name in plan.names}
     written = sum(shard.bytes for found in writer.manifest.splits.values() for shard in found)
     return PackSummary(folder, tally.samples, shards, written, tally.units(), tally.straddling(), refused.found)

@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--min-side", type=int, default=0, metavar="PIXELS", help="of the shorter side")
     chosen.add_argument("--drop-bad", action="store_true", help="leave unreadable samples out instead of stopping")
     chosen.add_argument(
-        "--dedupe", choices=("exact", "near"), help="keep the first of pictures with equal bytes, or equal to the eye"
+        "--dedupe",
+        choices=("exact", "near"),
+        help="keep the first of pictures with equal bytes, or that `clipdist audit` calls near-duplicates",
     )
     order = parser.add_argument_group("order and splits")
     order.add_argument("--shuffle", type=int, metavar="SEED", help="shuffle the whole set (default: keep the order)")

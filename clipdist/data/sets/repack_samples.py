@@ -7,13 +7,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from clipdist.data.images.header import header_of
-from clipdist.data.images.looks import difference_hash
-from clipdist.data.images.pillow import open_image, to_rgb
+from clipdist.data.images.looks import look_of
+from clipdist.data.images.pillow import open_image
 from clipdist.data.sets.conditions import Condition
 from clipdist.data.sets.duplicates import hashed
 from clipdist.data.sets.pack import SPLIT_NAME
 from clipdist.data.sets.recode import ImageOptions, UnusableImage, recode
+from clipdist.data.sets.survey import see
 from clipdist.data.shards import BadSample, RawSample, ShardFile
 from clipdist.errors import UserError
 
@@ -69,15 +72,15 @@ class Row(NamedTuple):
 
 
 class Surveyed(NamedTuple):
-    """What decides over one sample. Hashes are 0 where there is nothing; `out` says why it is left out, and `bad`
-    that this is because it is damaged."""
+    """What decides over one sample. Hashes are 0 where there is nothing; `look`, dtype `LOOK`, is there where it was
+    asked for; `out` says why it is left out, and `bad` that this is because it is damaged."""
 
     out: str = ""
     bad: bool = False
     digest: int = 0
-    look: int = 0
     unit: int = 0
     label: int = 0
+    look: np.ndarray | None = None
 
 
 class Taken(NamedTuple):
@@ -118,13 +121,11 @@ def _surveyed(row: Row, choice: Choice) -> Surveyed:
                 return Surveyed(f"--where {condition}")
         if choice.min_side and min(_size(sample.image)) < choice.min_side:
             return Surveyed(f"--min-side {choice.min_side}")
-        look = 0
-        if choice.dedupe == "near":
-            look = difference_hash(to_rgb(open_image(sample.image, ImageOptions.max_pixels)))
+        look = look_of(see(sample.image, ImageOptions.max_pixels)) if choice.dedupe == "near" else None
     except BadSample as error:
         return Surveyed(str(error), bad=True)
     unit, label = (_hash_of(sample.fields.get(name)) for name in ("unit", choice.stratify_by))
-    return Surveyed("", False, hashed(sample.image), look, unit, label)
+    return Surveyed("", False, hashed(sample.image), unit, label, look)
 
 
 def _size(image: bytes) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 Damage: a checksum, an index or an archive that does not hold, an image that does not decode, a missing caption, a key
 used twice. Leaks: a unit, or a picture (equal bytes, or equal to the eye), on both sides of a split. Notes: pictures
-that a split holds more than once.
+that a split holds more than once. Of pictures whose hashes are near, a closer look decides, as in `clipdist audit`.
 
 What each shard told is appended to a state file as soon as it is known, so that the next run examines only shards that
 are new, changed or unfinished. Of each sample 32 bytes are held, whatever the size of the set.
@@ -11,15 +11,18 @@ are new, changed or unfinished. Of each sample 32 bytes are held, whatever the s
 import json
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from clipdist.data.images.looks import LOOK, look_of
 from clipdist.data.sets.duplicates import groups_of_equal, search_near
 from clipdist.data.sets.each_shard import Rows, ask_each, stamp, state_path
 from clipdist.data.sets.examine import LISTED, Facts, Finding, Findings, examine
+from clipdist.data.sets.survey import see
 from clipdist.data.shards import BadSample, ShardInfo, ShardSet
 from clipdist.errors import UserError, disk_errors
 
@@ -245,7 +248,14 @@ def _add_equal_images(findings: Findings, rows: _Rows, group: np.ndarray) -> Non
 
 
 def _add_near(findings: Findings, rows: _Rows, images: np.ndarray) -> None:
-    found = search_near(rows.column("looks"), images, rows.split_of)
+    def look(chosen: np.ndarray) -> np.ndarray:
+        looks = np.zeros(len(chosen), LOOK)
+        for place, row in enumerate(chosen.tolist()):
+            with suppress(BadSample):  # exchanged while this runs: it looks like nothing
+                looks[place] = look_of(see(rows.read(row).image))
+        return looks
+
+    found = search_near(rows.column("looks"), images, rows.split_of, look)
     for kind, earlier in (("near-duplicate image straddles", found.across), ("near-duplicate image", found.within)):
         for row in np.flatnonzero(earlier < len(earlier)):
             places = [_if_listed(findings, kind, rows.place, int(one)) for one in (row, earlier[row])]

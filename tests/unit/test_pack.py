@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipdist.data.sets import pack_command
-from clipdist.data.sets.pack import REJECTED, Pair, pack_pairs
+from clipdist.data.sets.pack import CHUNK, LARGEST_CHUNK, REJECTED, Pair, in_order, pack_pairs
 from clipdist.data.sets.recode import ImageOptions
 from clipdist.data.sets.writer import ShardSetWriter, tar_header
 from clipdist.data.shards import MANIFEST, ShardSet, checksum_file
@@ -113,6 +114,23 @@ def test_plain_webdataset_reads_what_was_packed(photos: Path, tmp_path: Path, zs
         extension = "jpg" if "jpg" in sample else "png"
         assert sample[extension] == (photos / f"{sample['__key__']}.{extension}").read_bytes()
         assert json.loads(sample["json"]) == {"text": f"lesion, number {int(sample['__key__'][-3:])}"}
+
+
+SLOW = 40
+
+
+def of_how_many(items: list[int]) -> list[tuple[int, int]]:
+    if SLOW in items:
+        time.sleep(0.2)
+    return [(item, len(items)) for item in items]
+
+
+def test_quick_work_is_handed_over_in_larger_chunks_and_keeps_its_order() -> None:
+    found = list(in_order(of_how_many, range(8000), 2))
+    assert [item for item, _ in found] == list(range(8000))
+    sizes = [size for _, size in found]
+    assert (sizes[0], max(sizes)) == (CHUNK, LARGEST_CHUNK)
+    assert CHUNK in sizes[SLOW + 1 :]
 
 
 def test_any_number_of_workers_writes_the_same_bytes(photos: Path, tmp_path: Path) -> None:

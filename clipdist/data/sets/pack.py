@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -30,7 +31,9 @@ REJECTED = "rejected.csv"
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-CHUNK = 4  # images handed to a worker at once: small, because results wait in memory for their turn
+CHUNK = 4  # images handed to a worker at once: few, because results wait in memory for their turn
+# More where they are so small that handing them over would cost as much as the work: as many as take this long.
+CHUNK_SECONDS, LARGEST_CHUNK = 0.01, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,25 +321,27 @@ def _usable(
 def in_order(
     work: Callable[[list[Item]], list[Result]], items: Sequence[Item], workers: int, size: int = CHUNK
 ) -> Generator[Result, None, None]:
-    """`work` on all items, `size` at a time, by `workers` processes (0: this one); the results in the items' order.
+    """`work` on all items by `workers` processes (0: this one), `size` at a time, or more where that takes no time; the
+    results in the items' order.
 
     At most a few chunks for each worker are under way or waiting. Raises `UserError` when a process is killed.
     """
-    chunks = (list(items[at : at + size]) for at in range(0, len(items), size))
     if workers <= 0:
-        for chunk in chunks:
-            yield from work(chunk)
+        for at in range(0, len(items), size):
+            yield from work(list(items[at : at + size]))
         return
     # Spawned, not forked: a forked copy of a process with threads (torch, OpenMP) may hang.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
-    under_way: deque[Future[list[Result]]] = deque()
+    under_way: deque[Future[tuple[list[Result], float]]] = deque()
+    at, now = 0, size
     try:
-        for chunk in chunks:
-            under_way.append(pool.submit(work, chunk))
-            if len(under_way) >= 3 * workers:
-                yield from under_way.popleft().result()
-        while under_way:
-            yield from under_way.popleft().result()
+        while at < len(items) or under_way:
+            while at < len(items) and len(under_way) < 3 * workers:
+                under_way.append(pool.submit(_timed, work, list(items[at : at + now])))
+                at += now
+            results, seconds = under_way.popleft().result()
+            now = max(size, min(LARGEST_CHUNK, 2 * now, int(CHUNK_SECONDS * len(results) / max(seconds, 1e-9))))
+            yield from results
     except BrokenProcessPool:
         raise UserError(
             f"a process that decodes images died, most likely for lack of memory; found {workers} workers, "
@@ -344,6 +349,12 @@ def in_order(
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _timed(work: Callable[[list[Item]], list[Result]], chunk: list[Item]) -> tuple[list[Result], float]:
+    """The results, and how many seconds each chunk took."""
+    began = time.perf_counter()
+    return work(chunk), time.perf_counter() - began
 
 
 def start_worker() -> None:

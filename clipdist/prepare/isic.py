@@ -6,6 +6,7 @@
 Folders that were unzipped into a folder of their own name are found too.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -351,14 +352,15 @@ def _fields(place: int, cells: Mapping[str, list[str | None]], numbers: Mapping[
 
 
 def _at(numbers: Mapping[str, np.ndarray], column: str, place: int) -> float | None:
-    value = float(numbers[column][place]) if column in numbers else np.nan
-    return None if np.isnan(value) else int(value) if value.is_integer() else value
+    value = float(numbers[column][place]) if column in numbers else math.nan
+    return None if math.isnan(value) else int(value) if value.is_integer() else value
 
 
 def _cells(column: pd.Series) -> list[str | None]:
     """Cells without blanks around them; None for what is not given."""
-    texts = (cell.strip() if isinstance(cell, str) else "" for cell in column.tolist())
-    return [None if text.lower() in NOT_GIVEN else text for text in texts]
+    texts = [cell.strip() if isinstance(cell, str) else "" for cell in column.tolist()]
+    absent = {text for text in set(texts) if text.lower() in NOT_GIVEN}
+    return [None if text in absent else text for text in texts]
 
 
 def _numbers(column: pd.Series) -> np.ndarray:

@@ -6,6 +6,8 @@ neither `iddx_full`, `mel_mitotic_index`, `mel_thick_mm`, `lesion_id`, nor `tbp_
 `tbp_lv_nevi_confidence`.
 """
 
+import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -67,9 +69,9 @@ class Grades:
 
     def word(self, column: str, value: float) -> str:
         """The word of `value`; empty where there is none."""
-        if column not in self.limits or not np.isfinite(value):
+        if column not in self.limits or not math.isfinite(value):
             return ""
-        return GRADED[column][int(np.searchsorted(self.limits[column], value, side="left"))]
+        return GRADED[column][bisect_left(self.limits[column], value)]
 
 
 def diagnosis_sentences(outcome: str, deeper: Sequence[str | None] = ()) -> str:
@@ -103,4 +105,4 @@ def looks_sentence(values: Mapping[str, float], grades: Grades) -> str:
 
 def _first_above(limits: Sequence[tuple[float, str]], value: float) -> str:
     """The word of the first limit above `value`; empty for NaN."""
-    return "" if np.isnan(value) else next(word for limit, word in limits if value < limit or limit == np.inf)
+    return "" if math.isnan(value) else next(word for limit, word in limits if value < limit or limit == np.inf)

@@ -355,6 +355,15 @@ def fault_of(path: Path) -> str | None:
     return None
 
 
+def unseen_files(path: Path) -> list[str]:
+    """Which files of a sound checkpoint this process does not see, or not yet."""
+    try:
+        names = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+    except OSError:
+        return [CHECKSUMS]
+    return [name for name in names if not (path / name).is_file()]
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Opens a sound checkpoint; nothing in it is unpickled."""
     if parts := sorted(path.glob(PARTS)):

@@ -19,14 +19,16 @@ import torch
 from clipdist import world
 from clipdist.data.mixing import Mixture
 from clipdist.data.shards import write_atomically
-from clipdist.errors import UserError, disk_errors
-from clipdist.train.checkpoint import newest_sound
+from clipdist.errors import DiskError, UserError, disk_errors
+from clipdist.train.checkpoint import newest_sound, unseen_files
 
 if TYPE_CHECKING:
     from clipdist.config import RunConfig
 
 LOCK = ".lock"
 LOCK_SECONDS = 60.0
+SEEN_SECONDS = 90.0
+"""How long a node may take to see what another one wrote: NFS remembers a folder for up to a minute."""
 PACKAGES = [
     *("clipdist", "torch", "torchvision", "timm", "transformers", "tokenizers", "accelerate", "deepspeed"),
     *("webdataset", "safetensors", "numpy", "pillow"),
@@ -52,33 +54,64 @@ def open_run(config: "RunConfig", data: Mixture, who: world.World) -> RunFolder:
     Raises `UserError` when the folder holds a run whose recipe, or shard set, differs in what defines the maths, when
     somebody else is training it, and when it cannot be written.
     """
-    from clipdist.config import differences, read_config, to_yaml
+    from clipdist.config import to_yaml
 
     folder = config.folder
-    written = folder / "config.yaml"
-    checkpoint, lock = None, None
+    checkpoint, lock, refused = None, None, None
     if who.is_main:
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = hold(folder, _lock_seconds(config.train.hang_minutes))
-    world.barrier()  # until the run is ours, whoever had it may still write a checkpoint
-    if written.exists():
-        if config.resume == "never":
-            raise UserError(f"{folder}: already holds a run; choose another name, or resume=auto to go on")
-        checkpoint = newest_sound(folder / "checkpoints")
-        if checkpoint and config.resume == "auto":
-            changed = differences(read_config(written), config)
-            if changed:
-                raise UserError(
-                    f"{folder}: the run there was made with another recipe ({'; '.join(changed)}); choose another "
-                    f"name, restore these values, or go on all the same with resume=force"
-                )
-            _check_sets(folder, data)
-    world.barrier()  # nobody may overwrite what another rank has yet to read
-    if who.is_main:
-        with disk_errors(folder):
-            write_atomically(written, to_yaml(config).encode())
+        try:
+            with disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                # Until the run is ours, whoever had it may still write a checkpoint.
+                lock = hold(folder, _lock_seconds(config.train.hang_minutes))
+            checkpoint = _where_it_stopped(config, data)
+            with disk_errors(folder):
+                write_atomically(folder / "config.yaml", to_yaml(config).encode())
+        except UserError as error:
+            refused = error
+    # One rank looks for all: another node may not see the newest checkpoint yet, and would go on from the one before.
+    name, refused = world.broadcast_object((checkpoint.name if checkpoint else None, refused))
+    if refused:
+        raise refused
+    if name is None:
+        return RunFolder(folder, None, lock)
+    checkpoint = folder / "checkpoints" / name
+    _wait_until_seen(checkpoint)
     return RunFolder(folder, checkpoint, lock)
+
+
+def _where_it_stopped(config: "RunConfig", data: Mixture) -> Path | None:
+    """The checkpoint that the run in the folder goes on from, if there is one; raises as `open_run`."""
+    from clipdist.config import differences, read_config
+
+    folder, written = config.folder, config.folder / "config.yaml"
+    if not written.exists():
+        return None
+    if config.resume == "never":
+        raise UserError(f"{folder}: already holds a run; choose another name, or resume=auto to go on")
+    checkpoint = newest_sound(folder / "checkpoints")
+    if checkpoint and config.resume == "auto":
+        changed = differences(read_config(written), config)
+        if changed:
+            raise UserError(
+                f"{folder}: the run there was made with another recipe ({'; '.join(changed)}); choose another "
+                f"name, restore these values, or go on all the same with resume=force"
+            )
+        _check_sets(folder, data)
+    return checkpoint
+
+
+def _wait_until_seen(checkpoint: Path) -> None:
+    """Returns when all ranks see all files of the checkpoint; `DiskError` on all of them when one does not."""
+    end = time.monotonic() + SEEN_SECONDS
+    while (unseen := unseen_files(checkpoint)) and time.monotonic() < end:
+        time.sleep(0.5)
+    for rank, names in enumerate(world.gather_objects(unseen)):
+        if names:
+            raise DiskError(
+                f"{checkpoint}: rank {rank} does not see {', '.join(names)}, which rank 0 has read, within "
+                f"{SEEN_SECONDS:g} s; see that its node has this folder mounted, and start again"
+            )
 
 
 def _lock_seconds(hang_minutes: float) -> float:

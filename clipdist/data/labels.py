@@ -31,7 +31,12 @@ def label_of(fields: Mapping[str, Any], field: str) -> str | None:
             f"field {field!r} is {json.dumps(value, ensure_ascii=False)[:80]} in a sample: expected one class, a text "
             f"or a number; name a field that every sample has one value of"
         )
-    return None if value in (None, "") else str(value)
+    return None if is_absent(value) else str(value)
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a field's value says nothing: none, an empty text, or the NaN that pandas writes for an empty cell."""
+    return value is None or (isinstance(value, str) and not value) or (isinstance(value, float) and math.isnan(value))
 
 
 def label_order(label: str) -> tuple[bool, float, str]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from clipdist.data.labels import is_absent
 from clipdist.errors import UserError
 from clipdist.evaluate.cosines import Array, integers, positive_ranks, precision_of, same_width, strips, unit_rows
 from clipdist.evaluate.estimates import (
@@ -27,6 +28,7 @@ from clipdist.evaluate.estimates import (
     estimates,
     mean_of,
     ratio_of,
+    unit_numbers,
     without_nan,
 )
 
@@ -112,8 +114,7 @@ def query_scores(
     for number in np.unique(number_Q):
         own = number_Q == number
         statistics |= {f"{number} {k}": ratio_of(at_QK[:, place] * own, own) for place, k in enumerate(ks)}
-    unit_Q = np.arange(Q) if units is None else np.unique(np.asarray(units, str), return_inverse=True)[1]
-    estimated = estimates(statistics, unit_Q, bootstrap=bootstrap, seed=seed)
+    estimated = estimates(statistics, unit_numbers(units, Q), bootstrap=bootstrap, seed=seed)
     per_class = {
         classes[number]: {
             "queries": int((number_Q == number).sum()),
@@ -158,6 +159,10 @@ def read_queries(queries: Path, candidates: Path, images: Path) -> Queries:
     has_GC = np.stack([[_is_one(value) for value in offered[name]] for name in classes], axis=1)
     paths = [images / str(path) for path in offered["Path"]]
     items = [images / str(path) for path in cells] if kind == "image" else [str(text) for text in cells]
+    if kind == "text" and (empty := [row for row, text in cells.items() if is_absent(text) or not str(text).strip()]):
+        raise UserError(
+            f"{queries}: {len(empty):,} rows without a text, such as row {empty[0]}; expected a sentence each"
+        )
     missing = [path for path in [*paths, *(items if kind == "image" else [])] if not path.is_file()]
     if missing:
         raise UserError(

@@ -200,10 +200,14 @@ def ranks_and_decisions(
 
 
 def log_softmax(logits_NC: np.ndarray) -> np.ndarray:
-    """float64 [N, C]."""
+    """float64 [N, C]; distinct for the highest logit of a row too, however near to 0 it comes."""
     logits = logits_NC.astype(np.float64)
-    logits -= logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    rows, highest = np.arange(len(logits)), logits.argmax(axis=1)
+    logits -= logits[rows, highest][:, None]
+    others = np.exp(logits)
+    # 1 + the others would swallow those below 1e-16, and AUROC would take sure rows for ties.
+    others[rows, highest] = 0
+    return logits - np.log1p(others.sum(axis=1, keepdims=True))
 
 
 def auroc_of(score_Q: np.ndarray, positive_Q: np.ndarray) -> Statistic:

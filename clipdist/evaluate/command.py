@@ -205,6 +205,12 @@ def check(args: argparse.Namespace) -> None:
             f"--queries: found {len(args.queries)} files, {len(args.candidates)} of --candidates and "
             f"--images {args.images}; expected one file of candidates for all or one for each, and the images' folder"
         )
+    names = [_query_name(file) for file in args.queries]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(
+            f"--queries: the scores of several files would be written as {', '.join(twice)}.json; score them in calls "
+            "of their own, each with an --out"
+        )
     for name in ("in_batch", "pool"):
         if getattr(args, name) is not None and getattr(args, name) < 2:
             raise UserError(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected 2 or more")
@@ -341,6 +347,11 @@ def _query_files(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     return list(zip(args.queries, candidates, strict=True))
 
 
+def _query_name(queries: Path) -> str:
+    """What the scores of a file of queries are called."""
+    return f"{queries.resolve().parent.name}-{queries.stem}"
+
+
 def _write_queries(args: argparse.Namespace, queries: Sequence[Any], saved: Any) -> list[Path]:
     """Scores and prints what the files of queries ask for."""
     from clipdist.evaluate.suite import query_part
@@ -357,7 +368,7 @@ def _write_queries(args: argparse.Namespace, queries: Sequence[Any], saved: Any)
             "bootstrap": args.bootstrap,
         }
         with disk_errors(out):
-            paths += _write(out, f"{file.resolve().parent.name}-{file.stem}", body)
+            paths += _write(out, _query_name(file), body)
     run = args.model.resolve().parent
     if not args.data and (run / "config.yaml").exists():
         from clipdist.evaluate.report import write_report

@@ -184,7 +184,7 @@ def overlay(runs: Sequence[Run], key: str, axis: str, *, form: plots.Form = "svg
     lines = []
     for run, batch in zip(runs, batches, strict=True):
         steps, values = plots.series(run.records, key)
-        lines.append((run.name, steps * (batch or 1) if by_samples else steps, values))
+        lines.append((plots.plain(run.name), steps * (batch or 1) if by_samples else steps, values))
     if not any(len(values) for _, _, values in lines):
         return None
     figure, axes = plots.new_figure()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from clipdist.data.labels import is_absent
 from clipdist.errors import UserError
 
 CONFIDENCE = 0.95
@@ -128,14 +129,14 @@ def divided(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 
 def unit_name(value: Any) -> str | None:
-    """What a unit is compared by, wherever its value was stored: 1, 1.0 and "1" are one unit; None and "" are none.
+    """What a unit is compared by, wherever it was stored: 1, 1.0 and "1" are one unit; None, NaN and "" are none.
 
     Raises `UserError` for a list or an object.
     """
     if isinstance(value, list | tuple | Mapping):
         found = "an object" if isinstance(value, Mapping) else "a list"
         raise UserError(f"unit field: found {found}, expected one value; name another field with --unit")
-    if value is None or value == "":
+    if is_absent(value):
         return None
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 

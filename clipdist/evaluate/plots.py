@@ -287,6 +287,12 @@ def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
     return *means, np.minimum.reduceat(values, cuts), np.maximum.reduceat(values, cuts)  # type: ignore[return-value]
 
 
+def plain(name: str) -> str:
+    """A name from outside, to be drawn as it is: Matplotlib would set what stands between dollars as a formula, or fail
+    at it, and leave a name with `_` at its front out of the legend."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def style(axes: Axes, y: str, x: str) -> None:
     """What all figures have in common: a grid, no frame, muted labels."""
     axes.set_facecolor("none")

@@ -247,7 +247,7 @@ def _among(statistic: Statistic, rows: np.ndarray) -> Statistic:
 def _linear(
     y: np.ndarray, *, X: np.ndarray, unit: np.ndarray, features_MF: np.ndarray, seed: int
 ) -> tuple[np.ndarray, float | None]:
-    """(log-probabilities [M, classes seen] of a regression fitted on all rows with y ≥ 0, the C that was chosen)."""
+    """(logits [M, classes seen] of a regression fitted on all rows with y ≥ 0, the C that was chosen)."""
     X, unit, y = X[y >= 0], unit[y >= 0], y[y >= 0]
     best, chosen = -np.inf, None
     fit, held = _hold_out(y, unit, seed)
@@ -259,7 +259,9 @@ def _linear(
     model = _regression(X, y, 0.01 if chosen is None else chosen)
     if model[-1].n_iter_.max() >= model[-1].max_iter:
         logger.warning("a linear probe on %s rows did not converge in %d iterations", f"{len(y):,}", model[-1].max_iter)
-    return model.predict_log_proba(features_MF), chosen
+    # Not log-probabilities: scikit-learn's are -inf, or tie at 0, for rows far from all that was fitted.
+    logits = model.decision_function(features_MF)
+    return np.stack([np.zeros(len(logits)), logits], axis=1) if logits.ndim == 1 else logits, chosen
 
 
 def _regression(X: np.ndarray, y: np.ndarray, C: float) -> Any:

@@ -13,7 +13,20 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
-from clipdist.evaluate.plots import BLUE, GREEN, GRID, INK, MUTED, VERMILLION, Form, finish, new_figure, render, style
+from clipdist.evaluate.plots import (
+    BLUE,
+    GREEN,
+    GRID,
+    INK,
+    MUTED,
+    VERMILLION,
+    Form,
+    finish,
+    new_figure,
+    plain,
+    render,
+    style,
+)
 from clipdist.evaluate.subgroups import LEADING, shown_name
 
 # More classes than this are too small to read; the numbers stand in the JSON.
@@ -187,7 +200,7 @@ def _one_field(axes: Axes, field: Mapping[str, Any], name: str, colour: str) -> 
             "markerfacecolor": colour if flagged else "none",
         }
         axes.plot(score["value"], place, "o", color=colour, clip_on=False, **marker)
-    style(axes, field["field"] if axes.get_subplotspec().colspan.start == 0 else "", "")  # type: ignore[union-attr]
+    style(axes, plain(field["field"]) if axes.get_subplotspec().colspan.start == 0 else "", "")  # type: ignore[union-attr]
     axes.grid(axis="x", color=GRID, linewidth=0.9)
     axes.set_ylim(len(values) - 0.4, -0.6)
     axes.set_yticks(range(len(values)), [f"{_short(one['value'])} ({one['images']:,})" for one in values])
@@ -195,4 +208,4 @@ def _one_field(axes: Axes, field: Mapping[str, Any], name: str, colour: str) -> 
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 18 else f"{name[:17]}…"
+    return plain(name if len(name) <= 18 else f"{name[:17]}…")

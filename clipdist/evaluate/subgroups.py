@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from clipdist.data.labels import is_absent
 from clipdist.errors import UserError
 from clipdist.evaluate.estimates import (
     CONFIDENCE,
@@ -35,25 +36,25 @@ LEADING = ("R@1", "top-1", "auroc", "AUROC")
 
 @dataclass(frozen=True)
 class Subgroup:
-    """Scores of the images that have one value, and each score's gap: theirs less that of all other images."""
+    """Scores of the images that have one value, and each score's gap: theirs less that of all other images. `fewer`:
+    by score, the units of its queries on the side of the gap that has fewer."""
 
     value: str
     images: int
     units: int
     scores: dict[str, Estimate]
     gaps: dict[str, Estimate]
+    fewer: dict[str, int]
+
+    @property
+    def compared(self) -> list[str]:
+        """The scores whose gap has an interval, with 10 units or more on both sides."""
+        return [name for name, gap in self.gaps.items() if self.fewer[name] >= FEWEST_UNITS and gap.low is not None]
 
     @property
     def flagged(self) -> list[str]:
-        """The scores whose gap has an interval without zero, of 10 units or more."""
-        return [
-            name
-            for name, gap in self.gaps.items()
-            if self.units >= FEWEST_UNITS
-            and gap.low is not None
-            and gap.high is not None
-            and (gap.low > 0 or gap.high < 0)
-        ]
+        """Of those compared, the scores whose gap has an interval without zero."""
+        return [name for name in self.compared if not _holds_zero(self.gaps[name])]
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,7 @@ class SubgroupScores:
     @property
     def compared(self) -> int:
         """How many gaps have an interval, of values with enough units."""
-        return sum(
-            gap.low is not None for one in self.subgroups if one.units >= FEWEST_UNITS for gap in one.gaps.values()
-        )
+        return sum(len(one.compared) for one in self.subgroups)
 
     def to_dict(self) -> dict[str, Any]:
         values = [
@@ -109,7 +108,8 @@ class SubgroupScores:
         expected = (1 - CONFIDENCE) * self.compared
         return (
             f"{found} of {self.compared} gaps to all other images have an interval without zero, marked *; "
-            f"about {expected:.1f} would by chance. Values with fewer than {FEWEST_UNITS} units are not compared"
+            f"about {expected:.1f} would by chance. Gaps with fewer than {FEWEST_UNITS} units on either side are not "
+            "compared"
         )
 
 
@@ -130,10 +130,10 @@ def subgroup_scores(
 
     Each gap, the subgroup's score less that of all other images, is resampled as one number, whole units at a time, so
     a unit with images on both sides moves both. Among many gaps some have an interval without zero by chance: one in
-    twenty, which `note` says; with few units more, so values with fewer than 10 units are not flagged. Where a subgroup
-    is always or never right, its resamples are too, and tell no error: the interval of its gap is then widened by 3
-    over its units, the rule of three (Hanley and Lippman-Hand 1983). Each value is compared with all others together,
-    so the gaps of two values mirror each other.
+    twenty, which `note` says; with few units more, so no gap is flagged that has queries of fewer than 10 units with
+    the value, or without it. Where one of these sides is always or never right, its resamples are too, and tell no
+    error: the interval of the gap is then widened by 3 over its units, the rule of three (Hanley and Lippman-Hand
+    1983). Each value is compared with all others together, so the gaps of two values mirror each other.
 
     Raises `UserError` for a field with more than 50 values or with a single one.
     """
@@ -144,6 +144,7 @@ def subgroup_scores(
     shown = [value for value in sorted(counts, key=lambda one: (one == NOT_GIVEN, one)) if counts[value] >= FEWEST_ROWS]
     scores: dict[str, dict[str, Estimate]] = {value: {} for value in shown}
     gaps: dict[str, dict[str, Estimate]] = {value: {} for value in shown}
+    fewer: dict[str, dict[str, int]] = {value: {} for value in shown}
     overall: dict[str, Estimate] = {}
     for measure, one in measured.items():
         value_Q, unit_Q = value_N[one.image_Q], unit_N[one.image_Q]
@@ -159,14 +160,22 @@ def subgroup_scores(
             for name in one.statistics:
                 (own, own_R), (other, other_R) = (found[f"{side} {name}"] for side in ("inside", "outside"))
                 scores[value][f"{measure}/{name}"] = Estimate(own, *percentiles(own_R))
-                few = len(np.unique(unit_Q[inside]))
-                gaps[value][f"{measure}/{name}"] = _gap(own, own_R, other, other_R, few)
+                units_of = len(np.unique(unit_Q[inside])), len(np.unique(unit_Q[~inside]))
+                fewer[value][f"{measure}/{name}"] = min(units_of)
+                gaps[value][f"{measure}/{name}"] = _gap(own, own_R, other, other_R, *units_of)
     return SubgroupScores(
         field,
         len(names),
         overall,
         tuple(
-            Subgroup(value, counts[value], len(np.unique(unit_N[value_N == value])), scores[value], gaps[value])
+            Subgroup(
+                value,
+                counts[value],
+                len(np.unique(unit_N[value_N == value])),
+                scores[value],
+                gaps[value],
+                fewer[value],
+            )
             for value in shown
         ),
         {value: counts[value] for value in sorted(counts) if counts[value] < FEWEST_ROWS},
@@ -178,11 +187,26 @@ def shown_name(name: str) -> str:
     return name.replace("_to_", " → ").replace("/", " ").replace("_", "-").replace("auroc", "AUROC")
 
 
-def _gap(own: float, own_R: np.ndarray, other: float, other_R: np.ndarray, units: int) -> Estimate:
+def _gap(
+    own: float, own_R: np.ndarray, other: float, other_R: np.ndarray, own_units: int, other_units: int
+) -> Estimate:
     low, high = percentiles(own_R - other_R)
-    if low is not None and high is not None and own in (0, 1) and (own_R[np.isfinite(own_R)] == own).all():
-        low, high = (low, high + 3 / units) if own == 0 else (low - 3 / units, high)
+    if low is not None and high is not None:
+        own_down, own_up = _untold(own, own_R, own_units)
+        other_down, other_up = _untold(other, other_R, other_units)
+        low, high = low - own_down - other_up, high + own_up + other_down
     return Estimate(own - other, low, high)
+
+
+def _holds_zero(gap: Estimate) -> bool:
+    return gap.low is None or gap.high is None or gap.low <= 0 <= gap.high
+
+
+def _untold(value: float, drawn_R: np.ndarray, units: int) -> tuple[float, float]:
+    """How far below and above a score may lie that is 0 or 1 in every resample, so that these tell no error."""
+    if value not in (0, 1) or not (drawn_R[np.isfinite(drawn_R)] == value).all():
+        return 0.0, 0.0
+    return (0.0, 3 / units) if value == 0 else (3 / units, 0.0)
 
 
 def check_values(values_N: Sequence[Any], field: str) -> None:
@@ -197,7 +221,7 @@ def check_values(values_N: Sequence[Any], field: str) -> None:
 
 
 def _names(values_N: Sequence[Any]) -> list[str]:
-    return [NOT_GIVEN if value in (None, "") else str(value) for value in values_N]
+    return [NOT_GIVEN if is_absent(value) else str(value) for value in values_N]
 
 
 def within(statistic: Statistic, rows: np.ndarray) -> Statistic:

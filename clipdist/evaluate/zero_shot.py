@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from clipdist.data.labels import label_order
+from clipdist.data.labels import label_of, label_order
 from clipdist.errors import UserError
 from clipdist.evaluate.classification import ClassificationScores, classification_scores
 from clipdist.evaluate.cosines import TIE_TOLERANCE, Array, full_float32, same_width, unit_rows
@@ -117,9 +117,9 @@ def labels_of(
 
     The class is the value of the field `by`, as a string. Without `values` all that occur are classes, in order. Left
     out, with their counts, are samples without the field and those whose value is none of `values`. Raises `UserError`
-    when fewer than two classes occur.
+    when fewer than two classes occur, or a value is a list or an object.
     """
-    found = [None if one.get(by) in (None, "") else str(one[by]) for one in fields]
+    found = [label_of(one, by) for one in fields]
     occurring = {value for value in found if value is not None}
     classes = list(values) if values is not None else sorted(occurring, key=label_order)
     number = {value: place for place, value in enumerate(classes)}

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipdist.cli import main
 from clipdist.errors import UserError
 from clipdist.evaluate.candidates import query_scores, read_queries
 
@@ -110,3 +111,28 @@ def test_damage_is_named(tmp_path):
         query_scores(*arguments, np.ones((3, 2)), CLASSES[:2])
     with pytest.raises(UserError, match="expected one class per query"):
         query_scores(*arguments, np.ones((2, 2)), CLASSES[:2], ks=(1,))
+
+
+def test_queries_without_a_unit_are_units_of_their_own():
+    rng = np.random.default_rng(0)
+    data = (rng.normal(size=(20, 4)), [0] * 20, rng.normal(size=(60, 4)), rng.random((60, 1)) > 0.5, ["a"])
+    alone = query_scores(*data, bootstrap=50)
+    assert alone.precision[5].low is not None
+    assert query_scores(*data, units=[None] * 20, bootstrap=50).precision == alone.precision
+
+
+def test_a_query_without_a_text_is_refused(tmp_path):
+    (tmp_path / "query.csv").write_text("Variable,Text\nEdema,there is edema\nEdema,\n")
+    (tmp_path / "candidate.csv").write_text("Path,Edema\na.jpg,1\n")
+    (tmp_path / "a.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="1 rows without a text, such as row 2"):
+        read_queries(tmp_path / "query.csv", tmp_path / "candidate.csv", tmp_path)
+
+
+def test_files_of_queries_whose_scores_would_replace_each_other_are_refused(tmp_path, capsys):
+    images = ["--images", str(tmp_path)]
+    same = [str(tmp_path / place / "image" / "query.csv") for place in ("a", "b")]
+    for queries, candidates in ((same, ["c.csv"]), (same[:1] * 2, ["c.csv", "d.csv"])):
+        call = ["eval", str(tmp_path / "model"), "--queries", *queries, "--candidates", *candidates, *images]
+        assert main(call) == 2
+        assert "image-query.json" in capsys.readouterr().err

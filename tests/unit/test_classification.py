@@ -9,11 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.text import Text
 from scipy.special import softmax
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, roc_auc_score, top_k_accuracy_score
 
 from clipdist.errors import UserError
 from clipdist.evaluate.classification import auroc_of, classification_scores
+from clipdist.evaluate.plots import plain
+from clipdist.evaluate.score_plots import confusion
 from clipdist.evaluate.zero_shot import (
     class_features,
     class_logits,
@@ -259,3 +262,26 @@ def test_contradictions_are_refused(change, message):
     arguments = {"logits_NC": np.ones((4, 2)), "label_N": [0, 1, 0, 1], "classes": ["a", "b"]} | change
     with pytest.raises(UserError, match=message):
         classification_scores(**arguments)
+
+
+def test_auroc_tells_rows_apart_of_which_the_model_is_sure():
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, 400)
+    margin = 45 + 3 * rng.normal(size=400) + 3 * label  # 1 + exp(-45) is 1 in float64
+    scores = classification_scores(np.stack([np.zeros(400), margin], axis=1), label, ["a", "b"], bootstrap=0)
+    assert scores.scores["auroc"].value == pytest.approx(roc_auc_score(label, margin), abs=1e-12)
+
+
+def test_a_label_that_is_nan_is_no_class_and_a_list_is_refused():
+    fields = [{"c": "x"}, {"c": "y"}, {"c": float("nan")}, {"c": ""}, {"c": None}]
+    label, classes, left_out = labels_of(fields, "c")
+    assert (label.tolist(), classes, left_out) == ([0, 1, -1, -1, -1], ["x", "y"], {"no c": 3})
+    with pytest.raises(UserError, match="expected one class"):
+        labels_of([*fields, {"c": ["x", "y"]}], "c")
+
+
+@pytest.mark.parametrize("name", ["a $5^$ b", r"$\frac$", "$x$"])
+def test_names_with_dollars_are_drawn_as_they_are(name):
+    counts = [[1, 2], [3, 4]]
+    assert confusion({"zero_shot": {"confusion": {"classes": [name, "b"], "counts": counts}}})
+    assert Text(text=plain(name))._preprocess_math(plain(name)) == (name, False)  # what is drawn, and as no formula

@@ -19,7 +19,9 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from clipdist import cli
 from clipdist.errors import UserError
+from clipdist.evaluate import plots
 from clipdist.evaluate.compare import Run, compare_runs, holm, paired_differences, read_run, why_not
+from clipdist.evaluate.compare_page import overlay
 from clipdist.evaluate.compare_settings import common_order, differing, settings_of
 from clipdist.evaluate.outcomes import Outcomes, outcomes_of_classes
 from tests.conftest import TrainedRun
@@ -329,3 +331,13 @@ def test_what_is_no_run_is_refused(
     assert "expected the folder of a run" in said
     assert "no such folder" in said
     assert said.count("expected two or more, each once") == 2
+
+
+def test_a_curve_of_any_name_has_its_line_in_the_legend(tmp_path, monkeypatch):
+    records = [{"step": step, "train/loss": 1.0} for step in range(3)]
+    names = ["_base", "a$^$b"]
+    seen = []
+    monkeypatch.setattr(plots, "render", lambda figure, form: seen.append(figure) or b"")
+    overlay([Run(name, tmp_path, records=records) for name in names], "train/loss", "loss")
+    drawn = seen[0].axes[0].get_legend().get_texts()
+    assert [text._preprocess_math(text.get_text()) for text in drawn] == [(" _base", False), ("a$^$b", False)]

@@ -148,3 +148,14 @@ def test_contradictions_are_refused():
         probe_scores(X, y, X[:, :3], y, list("abc"))
     with pytest.raises(UserError, match="none of Edema has both positive and negative"):
         probe_scores(X, np.zeros((20, 1)), X, np.zeros((20, 1)), ["Edema"], fractions=[1.0])
+
+
+def test_rows_far_from_all_that_was_fitted_are_scored_by_their_margin():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(200, 3))
+    label = (X[:, 0] > 0).astype(int)
+    far = 1e4 * X + 1e5  # their probabilities are 0 or 1 in float64
+    truth = (far[:, 0] > 1e5).astype(int)
+    found = probe_scores(X, label, far, truth, ["a", "b"], fractions=[1.0], bootstrap=0)[0]
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=found.C, max_iter=1000)).fit(X, label)
+    assert found.score.value == pytest.approx(roc_auc_score(truth, model.decision_function(far)), abs=1e-12)

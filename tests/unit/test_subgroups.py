@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from clipdist.errors import UserError
 from clipdist.evaluate.classification import classification_scores
-from clipdist.evaluate.estimates import Measured, estimates, mean_of, median_of, ratio_of
+from clipdist.evaluate.estimates import Measured, estimates, mean_of, median_of, ratio_of, unit_name
 from clipdist.evaluate.retrieval import retrieval_scores
 from clipdist.evaluate.subgroups import NOT_GIVEN, subgroup_scores
 
@@ -147,3 +147,36 @@ def test_a_statistic_that_most_resamples_leave_undefined_has_no_interval():
     )
     assert found["rare"].low is None
     assert found["all"].low is not None
+
+
+def test_a_gap_to_few_units_is_not_flagged_from_either_side():
+    rng = np.random.default_rng(0)
+    # 100 patients of the one value, right in half of the cases; one of the other, always right.
+    right = np.concatenate([rng.random(100) < 0.5, np.ones(20)])
+    values, units = ["a"] * 100 + ["b"] * 20, [*range(100), *[100] * 20]
+    measured = {"m": Measured({"top-1": mean_of(right)}, np.arange(120))}
+    found = subgroup_scores(measured, values, field="f", units=units, bootstrap=500)
+    assert [one.flagged for one in found.subgroups] == [[], []]
+    assert found.compared == 0
+    a, b = (one.gaps["m/top-1"] for one in found.subgroups)
+    assert (a.low, a.high) == pytest.approx((-b.high, -b.low))
+
+
+def test_units_of_images_that_a_measure_leaves_out_do_not_count():
+    # 20 images of each value, but of the one only two with a class, both wrong.
+    asked = np.array([0, 1, *range(20, 40)])
+    right = np.array([0, 1] + [1, 1, 1, 0] * 5, float)
+    measured = {"all": Measured({"R@1": mean_of(np.tile([0.0, 1], 20))}, np.arange(40))}
+    measured["few"] = Measured({"top-1": mean_of(right)}, asked)
+    found = subgroup_scores(measured, ["a"] * 20 + ["b"] * 20, field="f", bootstrap=200)
+    assert [one.compared for one in found.subgroups] == [["all/R@1"], ["all/R@1"]]
+
+
+def test_nan_is_a_value_that_is_not_given():
+    measured = {"m": Measured({"top-1": mean_of(np.ones(30))}, np.arange(30))}
+    found = subgroup_scores(measured, ["a"] * 15 + [float("nan")] * 15, field="f", bootstrap=0)
+    assert [one.value for one in found.subgroups] == ["a", NOT_GIVEN]
+
+
+def test_units_that_are_nan_are_no_common_unit():
+    assert [unit_name(value) for value in (float("nan"), 1.0, "nan", None, "")] == [None, "1", "nan", None, None]

@@ -44,7 +44,8 @@ if [[ ! -f $data/manifest.json ]]; then
 fi
 
 code=0
-srun --ntasks-per-node=1 --kill-on-bad-exit=0 clipdist node "$RECIPE" "$@" --run "$run" --max-crashes "$MAX_CRASHES" \
+# From 22.05 on, srun does not take a task's processors from the job, and binds it to one.
+srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 clipdist node "$RECIPE" "$@" --run "$run" --max-crashes "$MAX_CRASHES" \
     --processes-per-node "${PROCESSES_PER_NODE:-0}" --accelerate-config "$ACCELERATE_CONFIG" "$PREFLIGHT" || code=$?
 case $code in
     0 | 2 | 75) ;;

@@ -88,7 +88,12 @@ def run_job(training: Training, allocation: Allocation) -> int:
             note_output(training.run, scheduler.job(allocation.job).get("StdOut", "") if allocation.slurm else "")
             meeting.note_run(training.run)
         first_start = attempt == 0 and allocation.restarts == 0
-        if training.preflight and first_start and (code := _preflight(training)) and allocation.node == 0:
+        unwanted = allocation.node == 0 and attempt == 0 and (training.run / STOP).exists()
+        if unwanted:  # stopped while the job was waiting in the queue
+            logger.info(f"not started, since {training.run / STOP} exists; remove it and submit again to go on")
+            code = STOPPED
+            meeting.fail("the run was stopped")
+        elif training.preflight and first_start and (code := _preflight(training)) and allocation.node == 0:
             meeting.fail("the preflight found errors")
         else:
             node = Node(meeting, training.processes, training.accelerate_config, training.words, asked)
@@ -96,7 +101,7 @@ def run_job(training: Training, allocation: Allocation) -> int:
             node.keep_logs(training.run / LOGS / f"{allocation.job}-{allocation.restarts}-{attempt}")
         meeting.end(code)
         if allocation.node == 0:
-            verdict = _decide(training, meeting, code, ever_asked)
+            verdict = str(STOPPED) if unwanted else _decide(training, meeting, code, ever_asked)
             meeting.decide(verdict)
         else:
             verdict = meeting.verdict(END_SECONDS + PAUSE_SECONDS + 60) or str(LOST)

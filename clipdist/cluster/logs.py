@@ -17,8 +17,7 @@ def find_log(run: Path, rank: int | None = None, start: str | None = None) -> Pa
 
     Raises `UserError` where there is none, with the names of those that there are.
     """
-    if not run.is_dir():
-        raise UserError(f"{run}: no run there; expected runs/<name>")
+    _check_run(run)
     if rank is None:
         if found := _outputs(run):
             return found[-1]
@@ -36,8 +35,14 @@ def find_log(run: Path, rank: int | None = None, start: str | None = None) -> Pa
     return path
 
 
+def _check_run(run: Path) -> None:
+    if not run.is_dir():
+        raise UserError(f"{run}: no run there; expected runs/<name>")
+
+
 def listed(run: Path) -> list[str]:
-    """Paths of all output that is left, jobs' first; each in the order of time."""
+    """Paths of all output that is left, jobs' first; each in the order of time. `UserError` where there is no run."""
+    _check_run(run)
     files = [path for folder in _starts(run) for path in sorted(folder.glob("rank-*.log"), key=_number)]
     return [str(path) for path in [*_outputs(run), *files]]
 

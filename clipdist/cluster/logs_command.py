@@ -20,6 +20,10 @@ def run(args: argparse.Namespace) -> int:
     from clipdist.cluster.logs import find_log, listed
     from clipdist.errors import UserError
 
+    if args.lines < 0:
+        raise UserError(f"--lines: found {args.lines}, expected 0 or more")
+    if args.start is not None and args.rank is None:
+        raise UserError("--start is of one rank's output; add --rank R")
     if args.list:
         for line in listed(args.run):
             print(line)

@@ -18,6 +18,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
+import yaml
 
 from clipdist import heartbeat, world
 from clipdist.cluster.meeting import Meeting
@@ -211,6 +212,16 @@ def _status(rank: psutil.Process) -> str:
 def _send(rank: psutil.Process, number: int) -> None:
     with suppress(psutil.Error):
         rank.send_signal(number)
+
+
+def check_accelerate_config(path: Path) -> None:
+    """`UserError` for a file that `accelerate launch` cannot take: that would count as a crash, and be tried again."""
+    try:
+        body = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--accelerate-config {path}: cannot be read ({error})") from None
+    if not isinstance(body, dict) or "distributed_type" not in body:
+        raise UserError(f"--accelerate-config {path}: no configuration of accelerate; see launch/accelerate")
 
 
 def free_port(job: int) -> int:

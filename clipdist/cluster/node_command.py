@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from clipdist import world
     from clipdist.cluster import scheduler
     from clipdist.cluster.job import Limits, Training, log_to_output, run_job
+    from clipdist.cluster.node import check_accelerate_config
     from clipdist.cluster.runs import JOBS
     from clipdist.errors import UserError
 
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     processes = args.processes_per_node or allocation.gpus
     if processes < 1 and not scheduler.gpus_lost(allocation.job):
         raise UserError("the job has no GPUs on this node; ask for some, or set --processes-per-node")
+    check_accelerate_config(args.accelerate_config)
     run_folder = args.run
     if run_folder is None:
         from clipdist.config import load_config  # brings the towers, which takes seconds

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import submitit
-import yaml
 from submitit.core.utils import DelayedSubmission, FailedJobError
 from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
@@ -22,6 +21,7 @@ from clipdist.cluster import scheduler
 from clipdist.cluster.doctor.recipe import check_data
 from clipdist.cluster.job import FINISHED, STOPPED, Limits, Training, log_to_output, run_job
 from clipdist.cluster.meeting import this_machine
+from clipdist.cluster.node import check_accelerate_config
 from clipdist.cluster.node_command import add_running_arguments
 from clipdist.cluster.runs import JOBS, STOP
 from clipdist.data.shards import write_atomically
@@ -154,6 +154,10 @@ def resources_of(args: argparse.Namespace) -> Resources:
         if not equals:
             raise UserError(f"--sbatch {word}: expected key=value, such as mail-type=END")
         more[key] = value
+    if not 0 < args.signal_seconds < 60 * args.time:
+        raise UserError(
+            f"--signal-seconds {args.signal_seconds}, --time {args.time} minutes: expected the signal within the time"
+        )
     site = [f"source {shlex.quote(str(SITE))}"] if SITE.exists() else []
     return Resources(
         nodes=args.nodes,
@@ -186,7 +190,7 @@ def prepare(config: "RunConfig", args: argparse.Namespace, evaluate: bool = True
         )
     if args.cluster == "local" and args.nodes > 1:
         raise UserError(f"--cluster local has one node, --nodes says {args.nodes}")
-    _check_accelerate_config(args.accelerate_config)
+    check_accelerate_config(args.accelerate_config)
     check(config, processes=args.nodes * processes, gpus=args.gpus_per_node > 0)
     if config.train.processes and config.train.processes != args.nodes * processes:
         raise UserError(
@@ -207,15 +211,6 @@ def prepare(config: "RunConfig", args: argparse.Namespace, evaluate: bool = True
     if evaluate and config.data.val_split and config.data.set:
         words = [str(config.folder / "model"), "--data", config.data.set, "--split", config.data.val_split]
     return Submitted(training, words, args.cluster == "local", args.gpus_per_node)
-
-
-def _check_accelerate_config(path: Path) -> None:
-    try:
-        body = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--accelerate-config {path}: cannot be read ({error})") from None
-    if not isinstance(body, dict) or "distributed_type" not in body:
-        raise UserError(f"--accelerate-config {path}: no configuration of accelerate; see launch/accelerate")
 
 
 def _check_run(config: "RunConfig") -> None:
@@ -264,10 +259,15 @@ def _parameters(job: Submitted, name: str, resources: Resources) -> dict[str, An
         "stderr_to_stdout": True,
         "setup": list(resources.setup),
         "teardown": [_teardown(job.training)],
-        "srun_args": ["--kill-on-bad-exit=0"],
+        "srun_args": ["--kill-on-bad-exit=0", *_processors(resources)],
         "additional_parameters": {"requeue": True, **resources.more},
     }
     return {key: value for key, value in options.items() if value is not None}
+
+
+def _processors(resources: Resources) -> list[str]:
+    """From 22.05 on, `srun` does not take them from the job: without these words a task is bound to one."""
+    return [f"--cpus-per-task={resources.cpus_per_task}"] if resources.cpus_per_task else []
 
 
 def _teardown(training: Training) -> str:

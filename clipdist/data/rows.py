@@ -1,6 +1,7 @@
 """What loader workers do: read, decode, augment and tokenise the rows of a step."""
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -246,10 +247,15 @@ def text_hash(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode()) - (1 << 63)
 
 
+def is_absent(value: Any) -> bool:
+    """Whether a field's value says nothing: all such samples would count as one group."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
 def group_value(sample: RawSample, by: str) -> Any:
     """What a sample is grouped by, but for its caption; `BadSample` when it lacks the field that the recipe names."""
     if by in ("none", "caption"):
         return None
-    if by not in sample.fields:
+    if is_absent(sample.fields.get(by)):
         raise BadSample(f"no field {by!r}, which data.groups asks for")
     return sample.fields[by]

@@ -152,7 +152,10 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> "Saved
                 f"{path}: found {body.get('format')!r} version {body.get('version')!r}, "
                 f"expected {FORMAT!r} version {FORMAT_VERSION}"
             )
-        weights = folder / "model.safetensors"
+        # As trained, not as the installed timm has it: its defaults change between versions.
+        stated = ("side", "resize", "mean", "std")
+        body["model"]["image"] |= {name: body["preprocessing"][name] for name in stated}
+        about, weights = body["about"], folder / "model.safetensors"
         scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
         if body.get("objective", "contrastive") == "classify":
             from clipdist.model.saved_classifier import rebuild_saved
@@ -169,7 +172,7 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> "Saved
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged model ({type(error).__name__}: {first_line(error)})") from None
-    return SavedModel(model.to(device).eval(), tokenizer, body["about"], scores, device, digest)
+    return SavedModel(model.to(device).eval(), tokenizer, about, scores, device, digest)
 
 
 def load_dual_encoder(folder: str | Path, device: str | torch.device | None = None) -> "SavedModel":
@@ -225,6 +228,8 @@ class Saved:
         self, apply: Callable[[torch.Tensor], torch.Tensor], images: Iterable[ImageLike], micro_batch: int, width: int
     ) -> np.ndarray:
         """float32 [N, width]: what a method of the model, in evaluation mode, makes of the images' pixels."""
+        if isinstance(images, str | Path | bytes | Image.Image):
+            raise UserError("images: found a single one, expected a list of them")
         self.model.eval()
         parts = [
             apply(torch.stack([self.preprocess(image) for image in some]).to(self.device)).cpu()
@@ -270,7 +275,7 @@ class SavedModel(Saved):
 
         `images` may mix paths, PIL images and encoded bytes, and may be an iterator, of which `micro_batch` are held at
         a time: a matter of memory and speed. No images give [0, D]. Raises `UserError` for the first image that cannot
-        be read, with its path.
+        be read, with its path, and for a single image in place of a list.
         """
         return self._each(self.model.encode_image, images, micro_batch, self.width)
 
@@ -279,10 +284,13 @@ class SavedModel(Saved):
         """float32 [N, D] unit vectors, one row per caption, in order; no captions give [0, D].
 
         A caption longer than the text tower reads (`model.text.max_tokens`) is cut there, as in training. `micro_batch`
-        are embedded at a time. Raises `UserError` for a single string in place of a list.
+        are embedded at a time. Raises `UserError` for a single string in place of a list, and for what is no text.
         """
         if isinstance(texts, str):
             raise UserError("encode_text takes a list of captions; found a single string")
+        for number, text in enumerate(texts):
+            if not isinstance(text, str) or text != text.encode(errors="ignore").decode():
+                raise UserError(f"caption {number}: found {text!r}, expected Unicode text")
         parts = []
         for some in _in_batches(texts, micro_batch):
             tokens, mask = self.tokenizer.pad(self.tokenizer.encode(some))
@@ -311,6 +319,8 @@ def likeliest(probability_NK: np.ndarray, names: Sequence[str], top: int) -> lis
     >>> likeliest(np.array([[0.25, 0.5, 0.25]]), ["nevus", "melanoma", "keratosis"], top=2)
     [[('melanoma', 0.5), ('nevus', 0.25)]]
     """
+    if top < 1:
+        raise UserError(f"top: found {top}, expected 1 or more")
     order_NK = np.argsort(-probability_NK, axis=1, kind="stable")[:, :top]
     return [
         [(names[k], float(row[k])) for k in best] for row, best in zip(probability_NK, order_NK.tolist(), strict=True)
@@ -318,6 +328,8 @@ def likeliest(probability_NK: np.ndarray, names: Sequence[str], top: int) -> lis
 
 
 def _in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    if size < 1:
+        raise UserError(f"micro_batch: found {size}, expected 1 or more")
     source = iter(items)
     while some := list(islice(source, size)):
         yield some

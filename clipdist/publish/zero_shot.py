@@ -27,8 +27,8 @@ class ZeroShotClassifier:
         self, saved: SavedModel, classes: Classes, templates: Sequence[str] = (), temperature: float | None = None
     ) -> None:
         named = dict(classes) if isinstance(classes, Mapping) else {name: name for name in classes}
-        if isinstance(classes, str) or len(named) < 2:
-            raise UserError(f"zero-shot classes: found {classes!r}, expected two or more different names")
+        if isinstance(classes, str) or len(named) < max(2, len(classes)):
+            raise UserError(f"zero-shot classes: found {classes!r}, expected two or more names, each once")
         if temperature is not None and not temperature > 0:
             raise UserError(f"temperature: found {temperature}, expected a number above 0")
         prompts = [[words] if isinstance(words, str) else list(words) for words in named.values()]

@@ -16,7 +16,7 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
     if not path.exists():
         return [], 0
     records, damaged = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         if not line.strip():
             continue
         try:
@@ -35,10 +35,11 @@ def keep_records(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    # At line feeds alone: what `splitlines` takes for line ends besides may stand within a string.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
         try:
-            if line.endswith("\n") and wanted(json.loads(line)):
-                kept.append(line)
+            if wanted(json.loads(line)):
+                kept.append(f"{line}\n")
         except (ValueError, KeyError, TypeError):
             continue  # damaged
     write_atomically(path, "".join(kept).encode())

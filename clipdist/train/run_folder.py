@@ -134,6 +134,11 @@ def hold(folder: Path, wait_seconds: float = LOCK_SECONDS) -> IO[str]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise UserError(
+                    f"{folder}: this file system does not lock files ({os.strerror(error.errno)}), which keeps two "
+                    f"jobs from training one run; have it mounted with locks (Lustre: flock), or choose another folder"
+                ) from None
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             if time.monotonic() > end:

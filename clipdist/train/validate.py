@@ -21,7 +21,7 @@ def groups_of(embeddings: Embeddings, by: str) -> np.ndarray | None:
 
     Raises `UserError` when a sample lacks the field that groups it.
     """
-    from clipdist.data.rows import text_hash
+    from clipdist.data.rows import is_absent, text_hash
 
     if by == "none":
         return None
@@ -30,7 +30,7 @@ def groups_of(embeddings: Embeddings, by: str) -> np.ndarray | None:
         for owner, text in zip(embeddings.text_owner_M, embeddings.texts, strict=True):
             texts[owner] += f"{text}\0"
         return np.array([text_hash(text) for text in texts], np.int64)
-    lacking = [key for key, fields in zip(embeddings.keys, embeddings.fields, strict=True) if by not in fields]
+    lacking = [key for key, fields in zip(embeddings.keys, embeddings.fields, strict=True) if is_absent(fields.get(by))]
     if lacking:  # taken for one group, they would all count as each other's right answers
         known = sorted({name for fields in embeddings.fields for name in fields})
         raise UserError(

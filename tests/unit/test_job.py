@@ -314,6 +314,28 @@ def test_all_nodes_do_what_the_first_decides(
     assert len(Meeting(tmp_path / "shared", allocation(0), 0).crashes()) == 1
 
 
+def test_a_run_that_was_stopped_while_its_job_waited_is_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job.signal, "signal", lambda number, handler: None)  # these nodes are threads
+    monkeypatch.setattr(Node, "_launch", lambda *_: pytest.fail("it was started"))
+    training = Training([], tmp_path / "run", 2, Path("gpu.yaml"), tmp_path / "shared", preflight=False)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stop").touch()
+    codes: dict[int, int] = {}
+
+    def node(number: int) -> None:
+        codes[number] = run_job(training, allocation(number))
+
+    threads = [threading.Thread(target=node, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert codes == dict.fromkeys(range(3), 75)
+    assert not Meeting(tmp_path / "shared", allocation(0), 0).crashes()
+
+
 def test_an_error_of_the_preflight_ends_the_job_on_all_nodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

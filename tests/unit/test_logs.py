@@ -41,6 +41,16 @@ def test_a_jobs_output(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "cannot be read (No such file or directory)" in capsys.readouterr().err
 
 
+def test_words_that_make_no_sense(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (
+        ((run, "-n", -5), "--lines: found -5"),
+        ((run, "--start", "12-0-0"), "add --rank R"),
+        ((tmp_path / "none", "--list"), "no run there"),
+    ):
+        assert main(["logs", *map(str, words)]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_one_rank(run: Path) -> None:
     assert find_log(run, 2) == run / "logs" / "12-0-0" / "rank-2.log", "of the latest start"
     assert find_log(run, 0, "12-0-1") == run / "logs" / "12-0-1" / "rank-0.log"

@@ -99,12 +99,14 @@ def test_own_words_take_the_place_of_the_classes(client: TestClient) -> None:
         assert [one["probability"] for one in body["classes"]] == pytest.approx([p for _, p in truth], abs=1e-5)
 
 
-def test_a_classifier_answers_with_its_own_classes(of_classifier: TestClient) -> None:
+def test_a_classifier_answers_with_its_own_classes(client: TestClient, of_classifier: TestClient) -> None:
     body = of_classifier.post("/api/image", files={"image": RED}, data={"top": 2}).json()
     truth = classifier().classify([RED], top=2)[0]
     assert [one["name"] for one in body["classes"]] == [name for name, _ in truth]
     assert [one["probability"] for one in body["classes"]] == pytest.approx([p for _, p in truth], abs=1e-5)
     assert body["captions"] == body["neighbours"] == []
+    none = client.post("/api/image", files={"image": RED}, data={"classes": " , "})
+    assert "found 0 different names" in problem(none, 422)
     asked = of_classifier.post("/api/image", files={"image": RED}, data={"classes": "a,b"})
     assert "classifier" in problem(asked, 409)
     assert "classifier" in problem(of_classifier.post("/api/text", json={"text": "a"}), 409)
@@ -143,6 +145,8 @@ def test_a_batch_is_a_table_with_a_line_for_each_file(client: TestClient) -> Non
         assert [float(row[f"probability{k}"]) for k in (1, 2, 3)] == pytest.approx([p for _, p in truth[:3]], abs=1e-5)
         assert row["caption"] in CAPTIONS
         assert row["error"] == ""
+    cells = ("=1+1\r=cmd", "\n@a", "a -b")
+    assert [serve_service._cell(text) for text in cells] == ["'=1+1 =cmd", "'@a", "a -b"]
     assert rows[2]["class1"] == rows[2]["caption"] == ""
     assert "no image of a known format" in rows[2]["error"]
     many = [("images", ("a.png", RED))] * 33

@@ -57,7 +57,17 @@ def test_a_dry_run_prints_what_sbatch_would_get_and_writes_nothing(recipe: Calla
     path = recipe()
     given = ("--partition", "gpu", "--account", "mine", "--nodes", "3", "--gpus-per-node", "4", "--time", "1-00")
     done = submit(
-        path, *given, "--mem", "64GB", "--sbatch", "mail-type=END", "--setup", "module load cuda", "--dry-run"
+        path,
+        *given,
+        "--mem",
+        "64GB",
+        "--cpus-per-task",
+        "8",
+        "--sbatch",
+        "mail-type=END",
+        "--setup",
+        "module load cuda",
+        "--dry-run",
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -77,6 +87,7 @@ def test_a_dry_run_prints_what_sbatch_would_get_and_writes_nothing(recipe: Calla
         "--open-mode=append",
     ):
         assert f"#SBATCH {line}" in lines
+    assert " --cpus-per-task=8" in next(line for line in lines if line.startswith("srun ")), "it would be bound to one"
     assert lines.index("module load cuda") < next(n for n, line in enumerate(lines) if line.startswith("srun "))
     assert not (path.parent / "runs").exists()
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True).returncode == 0

@@ -83,8 +83,11 @@ def _add_questions(app: FastAPI, service: Service) -> None:
         """Classes, captions and neighbours of one image; `classes`, names between commas or line ends, takes the place
         of the service's own."""
         form = await read_form(request, files=1)
-        words = list(dict.fromkeys(word.strip() for word in re.split(r"[,\n]", form.text("classes")) if word.strip()))
-        return await service.image(await form.file("image"), words, form.number("top", 5), form.ticket)
+        given = form.text("classes")
+        words = list(dict.fromkeys(word.strip() for word in re.split(r"[,\n]", given) if word.strip()))
+        return await service.image(
+            await form.file("image"), words if given.strip() else None, form.number("top", 5), form.ticket
+        )
 
     @app.post(
         "/api/relevance",

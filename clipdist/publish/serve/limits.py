@@ -136,7 +136,8 @@ class Guard:
             self.metrics.refused.labels("host").inc()
             return error_response(421, "this service does not answer under that host name")
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self.limits.max_upload_bytes:
+        # Python refuses numbers of more than 4,300 digits.
+        if length.isdecimal() and (len(length) > 18 or int(length) > self.limits.max_upload_bytes):
             self.metrics.refused.labels("size").inc()
             return error_response(413, too_large(self.limits.max_upload_bytes))
         return None

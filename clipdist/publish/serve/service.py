@@ -93,14 +93,14 @@ class Service:
         stuck = self.batcher.busy_seconds() > self.limits.timeout_seconds
         return "the model does not come back from its work" if stuck else None
 
-    async def image(self, data: bytes, words: Sequence[str], top: int, ticket: str | None) -> schema.ImageAnswer:
-        """Raises `Refused`."""
+    async def image(self, data: bytes, words: Sequence[str] | None, top: int, ticket: str | None) -> schema.ImageAnswer:
+        """`words`: classes in place of the service's own, None for these. Raises `Refused`."""
         began = time.perf_counter()
         neighbours = top if self.engine.gallery is not None else 0
-        if words:
+        if words is not None:
             self._check_words(words)
         seen, together = await self._seen(data, neighbours, ticket)
-        if words:
+        if words is not None:
             of_words_KD = await self._of_words(tuple(words), ticket)
             probability_K = self.engine.probabilities(seen.features_D, of_words_KD)
             classes = _likeliest([schema.ClassName(name=word, title=word) for word in words], probability_K, top)
@@ -140,7 +140,8 @@ class Service:
         return bytes(made)
 
     async def table(self, files: Sequence[tuple[str, bytes]], ticket: str | None) -> str:
-        """CSV with a line for each file, in order; of one that cannot be read, the reason."""
+        """CSV with a line for each file, in order; of one that cannot be read, the reason. Raises `Refused` where it is
+        the service that cannot answer."""
         answers = await asyncio.gather(*(self._line(name, data, ticket) for name, data in files))
         shown = min(SHOWN_IN_TABLE, len(self.classes))
         buffer = io.StringIO()
@@ -176,7 +177,8 @@ class Service:
     def _check_words(self, words: Sequence[str]) -> None:
         if not self.engine.texts:
             raise Refused(409, f"{CLASSIFIER}; so it cannot choose among your own words")
-        self.check_text("\n".join(words))
+        if words:
+            self.check_text("\n".join(words))
         if not 2 <= len(words) <= self.limits.max_classes:
             most = self.limits.max_classes
             raise Refused(422, f"classes: found {len(words)} different names, expected 2 to {most}")
@@ -196,11 +198,13 @@ class Service:
         try:
             seen, _ = await self._seen(data, 0, ticket)
         except Refused as error:
-            return {"filename": _plain(name), "error": error.detail}
-        line: dict[str, Any] = {"filename": _plain(name)}
+            if error.status_code >= 500:
+                raise
+            return {"filename": _cell(_base(name)), "error": error.detail}
+        line: dict[str, Any] = {"filename": _cell(_base(name))}
         for k, one in enumerate(_likeliest(self.classes, seen.probability_K, SHOWN_IN_TABLE), 1):
-            line |= {f"class{k}": one.title, f"probability{k}": f"{one.probability:.6f}"}
-        return line | ({"caption": seen.captions[0][0]} if seen.captions else {})
+            line |= {f"class{k}": _cell(one.title), f"probability{k}": f"{one.probability:.6f}"}
+        return line | ({"caption": _cell(seen.captions[0][0])} if seen.captions else {})
 
     async def _seen(self, data: bytes, neighbours: int, ticket: str | None) -> tuple[Seen, int]:
         seen, together = await self._ask(IMAGES, Look(await self._decoded(data), neighbours), ticket)
@@ -236,10 +240,15 @@ def _likeliest(
     ]
 
 
-def _plain(name: str) -> str:
-    """A file's name without folders; one that a spreadsheet would take for a formula has an apostrophe before it."""
-    name = name.encode(errors="replace").decode().replace("\\", "/").rpartition("/")[2]
-    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
+def _base(name: str) -> str:
+    """A file's name without folders."""
+    return name.encode(errors="replace").decode().replace("\\", "/").rpartition("/")[2]
+
+
+def _cell(text: str) -> str:
+    """Text on one line; what a spreadsheet would take for a formula has an apostrophe before it."""
+    text = " ".join(text.split())
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def _jpeg(image: Image.Image) -> bytes:

@@ -1,7 +1,6 @@
 """What loader workers do: read, decode, augment and tokenise the rows of a step."""
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from clipdist.data.images.cache import DecodedCache, cached_size
 from clipdist.data.images.decode import augment_pixels, decode_rgb, image_size, load_for_training
 from clipdist.data.images.geometry import ResizeMode
 from clipdist.data.images.resize import resize_exact, resize_rgb
+from clipdist.data.labels import is_absent
 from clipdist.data.order import SampleOrder, philox, sample_generator
 from clipdist.data.shards import BadSample, RawSample, Split
 from clipdist.data.staging import Pixels
@@ -247,15 +247,10 @@ def text_hash(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode()) - (1 << 63)
 
 
-def is_absent(value: Any) -> bool:
-    """Whether a field's value says nothing: all such samples would count as one group."""
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
-
-
 def group_value(sample: RawSample, by: str) -> Any:
     """What a sample is grouped by, but for its caption; `BadSample` when it lacks the field that the recipe names."""
     if by in ("none", "caption"):
         return None
-    if is_absent(sample.fields.get(by)):
+    if is_absent(sample.fields.get(by)):  # all such samples would count as one group
         raise BadSample(f"no field {by!r}, which data.groups asks for")
     return sample.fields[by]

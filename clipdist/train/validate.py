@@ -21,7 +21,8 @@ def groups_of(embeddings: Embeddings, by: str) -> np.ndarray | None:
 
     Raises `UserError` when a sample lacks the field that groups it.
     """
-    from clipdist.data.rows import is_absent, text_hash
+    from clipdist.data.labels import is_absent
+    from clipdist.data.rows import text_hash
 
     if by == "none":
         return None

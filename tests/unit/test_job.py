@@ -282,6 +282,21 @@ def test_a_job_whose_gpus_slurm_has_lost(tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "shared").exists()
 
 
+def run_nodes(training: Training, *allocations: Allocation) -> dict[int, int]:
+    """The exit code of each node, by its number; of those that have ended within two minutes."""
+    codes: dict[int, int] = {}
+
+    def node(own: Allocation) -> None:
+        codes[own.node] = run_job(training, own)
+
+    threads = [threading.Thread(target=node, args=(own,)) for own in allocations]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    return codes
+
+
 def test_all_nodes_do_what_the_first_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_handlers: None
 ) -> None:
@@ -299,16 +314,7 @@ def test_all_nodes_do_what_the_first_decides(
     monkeypatch.setattr(Node, "run", ranks)
     monkeypatch.setattr(job.signal, "signal", lambda number, handler: None)  # these nodes are threads
     training = Training([], tmp_path / "run", 2, Path("gpu.yaml"), tmp_path / "shared", preflight=False)
-    codes: dict[int, int] = {}
-
-    def node(number: int) -> None:
-        codes[number] = run_job(training, allocation(number))
-
-    threads = [threading.Thread(target=node, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    codes = run_nodes(training, *map(allocation, range(3)))
     assert codes == {0: 0, 1: 0, 2: 0}
     assert sorted(started) == sorted((host, attempt) for host in HOSTS for attempt in (0, 1))
     assert len(Meeting(tmp_path / "shared", allocation(0), 0).crashes()) == 1
@@ -322,16 +328,7 @@ def test_a_run_that_was_stopped_while_its_job_waited_is_not_started(
     training = Training([], tmp_path / "run", 2, Path("gpu.yaml"), tmp_path / "shared", preflight=False)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "stop").touch()
-    codes: dict[int, int] = {}
-
-    def node(number: int) -> None:
-        codes[number] = run_job(training, allocation(number))
-
-    threads = [threading.Thread(target=node, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    codes = run_nodes(training, *map(allocation, range(3)))
     assert codes == dict.fromkeys(range(3), 75)
     assert not Meeting(tmp_path / "shared", allocation(0), 0).crashes()
 
@@ -345,15 +342,6 @@ def test_an_error_of_the_preflight_ends_the_job_on_all_nodes(
     recipe, cpu = tmp_path / "wrong.yaml", Path(__file__).parents[2] / "launch" / "accelerate" / "cpu.yaml"
     recipe.write_text("train: {global_batch: 4, epochz: 1}\n")
     training = Training([str(recipe)], tmp_path / "run", 2, cpu, tmp_path / "shared", Limits(rendezvous_seconds=60))
-    codes: dict[int, int] = {}
-
-    def node(number: int) -> None:
-        codes[number] = run_job(training, Allocation("12", 0, ("n1", "n2"), number, 2))
-
-    threads = [threading.Thread(target=node, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
+    codes = run_nodes(training, *(Allocation("12", 0, ("n1", "n2"), number, 2) for number in range(2)))
     assert codes == {0: 2, 1: 2}
     assert "unknown key train.epochz; did you mean epochs?" in " ".join(capfd.readouterr().out.split())

@@ -198,11 +198,12 @@ def search_near(
     # Once more among these alone, rather than to hold pairs, of which there may be thousands to a picture.
     looks = look(rows)
     for first, second in near_pairs(hashes[rows]):
+        other_bytes = digests[rows[first]] != digests[rows[second]]
+        first, second = first[other_bytes], second[other_bytes]
         same = same_pictures(looks, np.stack([first, second], 1)) > 0
         first, second = rows[first[same]], rows[second[same]]
-        other_bytes = digests[first] != digests[second]
         same_set = sets[first] == sets[second]
-        for chosen, into in ((other_bytes & same_set, result.within), (other_bytes & ~same_set, result.across)):
+        for chosen, into in ((same_set, result.within), (~same_set, result.across)):
             np.minimum.at(into, second[chosen], first[chosen])
     return result
 
